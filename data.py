@@ -1,0 +1,892 @@
+"""Everything that the method is fed: tasks, the toy stories, teacher samples, and the student called tiny.
+
+A task's row becomes an `Example`; a teacher's raw text, kept in a JSON Lines cache, becomes a `Sample`: a rationale
+and an answer. Which samples are positives and which negatives is decided in qcrd.py.
+"""
+
+import ast
+import hashlib
+import io
+import json
+import math
+import operator
+import os
+import random
+import re
+import time
+import zipfile
+import zlib
+from collections.abc import Callable, Hashable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from string import ascii_lowercase
+from typing import Any, NamedTuple
+
+import filelock
+import numpy as np
+import sentencepiece
+import torch
+from huggingface_hub import InferenceClient
+from huggingface_hub.errors import HfHubHTTPError, HTTPError, InferenceTimeoutError
+from huggingface_hub.file_download import http_get
+from tqdm import tqdm
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    T5Config,
+    T5ForConditionalGeneration,
+    T5Tokenizer,
+)
+
+DSS_ZIP = "https://github.com/google-research/distilling-step-by-step/raw/main/datasets.zip"
+MAX_TOKENS, TEACHER_BATCH = 512, 16  # of a teacher's answer; of a local teacher's questions at once
+API_TIMEOUT, API_TRIES, API_BACKOFF = 120, 8, 1.0  # seconds, tries of a request, seconds before the second
+CACHE = Path(os.environ.get("QCRD_CACHE") or Path.home() / ".cache" / "qcrd")
+
+
+class UserError(Exception):
+    """Bad input: the message is one sentence that names the file, line or option and the mend."""
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
+@dataclass(frozen=True)
+class Example:
+    """One question: what the student reads, the label it learns, and the choices where the task has them."""
+
+    id: str
+    input: str
+    label: str
+    choices: tuple[str, ...] = ()
+    story: "Story | None" = None  # toy only: what the exact check of a rationale needs
+
+
+class Sample(NamedTuple):
+    """One teacher output, parsed; `answer` is None where none was found."""
+
+    teacher: str
+    rationale: str
+    answer: str | None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Equations
+
+OPERATORS: dict[type, Callable[[Any, Any], float]] = {
+    ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
+}  # fmt: skip
+
+
+def equation_value(text: str) -> float | None:
+    """The value of an equation of numbers, + - * / and brackets, as DSS's metric computes it, without eval().
+
+    Returns None for anything else: other symbols, more than 200 characters, a division by zero, an overflow.
+    """
+
+    def value(node: ast.AST) -> float:
+        if isinstance(node, ast.Expression):
+            return value(node.body)
+        if isinstance(node, ast.Constant) and type(node.value) in (int, float):
+            return node.value
+        if isinstance(node, ast.BinOp) and type(node.op) in OPERATORS:
+            return OPERATORS[type(node.op)](value(node.left), value(node.right))
+        if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+            return -value(node.operand)
+        raise ValueError
+
+    text = text.strip()
+    if len(text) > 200 or not re.fullmatch(r"[\d.+\-*/() ]+", text, re.ASCII):
+        return None
+    try:
+        return value(ast.parse(text, mode="eval"))
+    except (SyntaxError, ValueError, ZeroDivisionError, OverflowError, RecursionError, MemoryError):
+        return None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Tasks: how a row reads, how answers compare, how a prompt asks
+
+NLI = ("entailment", "neutral", "contradiction")
+
+
+def lettered(choices: tuple[str, ...]) -> str:
+    return "".join(f"\n({letter}) {choice}" for letter, choice in zip(ascii_lowercase, choices))
+
+
+def read_cqa(row: dict) -> dict:
+    choices = tuple(row["choices"])
+    text = f"{row['question']}\nAnswer Choices:{lettered(choices)}"
+    return {"input": text, "label": row["answer"], "choices": choices}
+
+
+def read_nli(row: dict) -> dict:
+    return {"input": f"{row['premise']}</s>{row['hypothesis']}", "label": NLI[row["label"]], "choices": NLI}
+
+
+def read_plain(row: dict) -> dict:
+    return {"input": row["input"], "label": row["label"], "choices": tuple(row.get("choices") or ())}
+
+
+@dataclass(frozen=True)
+class Task:
+    """What distinguishes one task from another."""
+
+    name: str
+    read: Callable[[dict], dict] = read_plain
+    folder: str = ""  # its name in the DSS release
+    numeric: bool = False  # answers are equations, compared by value
+    answer_format: str = "the answer, in as few words as possible"
+
+    def key(self, answer: str | None) -> Hashable:
+        """What makes two answers the same: the value of an equation, the text of anything else; None if unusable."""
+        return equation_value(answer) if self.numeric and answer is not None else answer
+
+    def correct(self, answer: str | None, example: Example) -> bool:
+        """DSS's metric for one prediction."""
+        return self.key(answer) is not None and self.key(answer) == self.key(example.label)
+
+
+EQUATION = "an equation of the numbers in the question, such as ( 7 + 5 )"
+CHOICE = "one of the answer choices, as its letter and text, such as (a) yes"
+TASKS = {
+    "toy": Task("toy", numeric=True, answer_format=EQUATION),
+    "svamp": Task("svamp", folder="svamp", numeric=True, answer_format=EQUATION),
+    "cqa": Task("cqa", read_cqa, folder="cqa", answer_format=CHOICE),
+    "anli": Task("anli", read_nli, folder="anli1", answer_format=CHOICE),
+    "esnli": Task("esnli", read_nli, folder="esnli", answer_format=CHOICE),
+}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# From a teacher's raw text to a rationale and an answer
+
+# What completion models run on into: the next question of the few-shot prompt, invented.
+NEXT_QUESTION = re.compile(r"\n\s*(?:Q|Question|Premise|Hypothesis|Sentence|Input)\s*:|\bQ:|\bPremise:")
+# What introduces the answer: the paper's format, PaLM's, and the ways in which Llama-3 varies it.
+MARKER = re.compile(
+    r"<Answer>\s*:|\bAnswer\s*:|(?:,?\s*\b(?:so|hence|therefore|thus)[,]?\s+)?\bthe (?:correct |final )?answer is\b:?",
+    re.IGNORECASE,
+)
+OPENING = re.compile(r"^\W*(?:<?Explanation>?|Rationale)\s*:\s*|^\s*A:\s*", re.IGNORECASE)
+# A number, or an equation of numbers; thousands commas and dollar signs are removed before.
+NUMBERS = re.compile(r"[-(\s]*\d+(?:\.\d+)?(?:[\s()]*[-+*/][-\s()]*\d+(?:\.\d+)?)*[\s)]*")
+
+
+def find_number(text: str, last: bool) -> str | None:
+    """The first (or last) number or equation in the text."""
+    found = [m.group().strip() for m in NUMBERS.finditer(re.sub(r"(?<=\d),(?=\d{3}\b)|\$", "", text[:2000]))]
+    found = [f for f in (found + [f.strip("() ") for f in found]) if equation_value(f) is not None]
+    return (found[-1] if last else found[0]) if found else None
+
+
+def find_choice(text: str, choices: tuple[str, ...]) -> str | None:
+    """The choice that the text gives: by its letter in brackets, by beginning with it, or as the first one named."""
+    letter = re.match(r"\W*(?:either )?\(([a-z])\)|\W*([a-z])\b\W*$", text, re.IGNORECASE)
+    if letter:
+        return dict(zip(ascii_lowercase, choices)).get((letter[1] or letter[2]).lower())
+    plain = re.sub(r"^\W*(?:an? |the |to )?", "", text.lower())
+    for choice in sorted(choices, key=len, reverse=True):
+        if re.match(re.escape(choice.lower()) + r"(?!\w)", plain):
+            return choice
+    named = []
+    for letter, choice in zip(ascii_lowercase, choices):
+        place = re.search(rf"(?<!\w){re.escape(choice.lower())}(?!\w)|\({letter}\)|\bchoice {letter}\b", text.lower())
+        named += [(place.start(), choice)] if place else []
+    return min(named)[1] if named else None
+
+
+def parse_output(task: Task, example: Example, output: str) -> tuple[str, str | None]:
+    """Split a teacher's raw output into a rationale and an answer.
+
+    The answer is the text of a choice, or an equation or number, or the text after the marker, by task; None where
+    the output gives none. The rationale holds neither a marker nor what follows it, and may be empty.
+    """
+    text = NEXT_QUESTION.split(output[:20_000].lstrip(), maxsplit=1)[0]
+    text = OPENING.sub("", text, count=1).strip()
+    markers = list(MARKER.finditer(text))
+    rationale = (text[: markers[0].start()] if markers else text).strip()
+    tails = [text[m.end() :].strip() for m in reversed(markers)] or [text]  # the last marker that gives an answer wins
+    for tail in tails:
+        if task.numeric:
+            answer = find_number(tail.split("\n")[0], last=not markers)
+        elif example.choices:
+            answer = find_choice(tail.split("\n")[0] if markers else tail, example.choices)
+        else:
+            answer = tail.split("\n")[0].strip(" .") or None if markers else None
+        if answer is not None:
+            break
+    if not markers and (answer is None or len(rationale.split()) < 4):
+        rationale = ""  # a bare answer explains nothing
+    return rationale, answer
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Where examples come from: the DSS release, a file of one's own, the toy
+
+
+def download(url: str) -> Path:
+    """The file behind `url`, kept in the cache folder; interrupted downloads go on where they stopped."""
+    path = CACHE / hashlib.sha256(url.encode()).hexdigest()[:12] / url.rsplit("/", 1)[-1]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    with filelock.FileLock(f"{path}.lock"):
+        if not path.exists():
+            try:
+                with part.open("ab") as file:
+                    http_get(url, file, resume_size=file.tell(), displayed_filename=path.name)
+                if not zipfile.is_zipfile(part):
+                    part.unlink()
+                    raise UserError(f"--data {url} did not give a whole zip file: try again, or name a local one.")
+            except (OSError, HfHubHTTPError) as error:
+                raise UserError(f"--data {url} could not be downloaded ({error}): try again, or name a local zip.")
+            os.replace(part, path)
+    return path
+
+
+def parse_jsonl(raw: bytes, where: str, torn: bool = False) -> Iterator[tuple[str, dict]]:
+    """Objects of JSON Lines, each with its place; `torn` drops broken lines, as a killed writer leaves them."""
+    for number, line in enumerate(raw.split(b"\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line.decode())
+            problem = None if isinstance(row, dict) else "it is no object"
+        except (ValueError, RecursionError) as error:
+            problem = first_line(error)[:80]
+        if problem is None:
+            yield f"{where}, line {number}", row
+        elif torn:
+            print(f"warning: {where}, line {number} is torn and was dropped.")
+        else:
+            raise UserError(f"{where}, line {number} is not a JSON object in UTF-8 ({problem}): mend the line.")
+
+
+def read_file(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): check the name and its permissions.")
+
+
+def to_example(task: Task, where: str, row: dict, default_id: str) -> Example:
+    """One row as an Example, checked: UserError names the place and the mend."""
+    try:
+        fields = task.read(row)
+    except (KeyError, TypeError, IndexError) as error:
+        raise UserError(f"{where} has no usable {error}: a row of task {task.name} needs it.")
+    for name in ("input", "label"):
+        if not isinstance(fields[name], str) or not fields[name].strip():
+            raise UserError(f'{where} needs a text in "{name}", not {str(fields[name])[:40]!r}.')
+    choices = fields.get("choices", ())
+    if not all(isinstance(choice, str) and choice.strip() for choice in choices):
+        raise UserError(f'{where}: "choices" must be a list of texts.')
+    if choices and fields["label"] not in choices:
+        raise UserError(f"{where}: the label {fields['label'][:40]!r} is not among its choices.")
+    return Example(str(row.get("id", default_id)) if task.folder == "" else default_id, **fields)
+
+
+def open_release(data: str) -> zipfile.ZipFile:
+    path = download(data) if data.startswith(("http://", "https://")) else Path(data)
+    try:
+        return zipfile.ZipFile(path)
+    except (OSError, zipfile.BadZipFile) as error:
+        raise UserError(f"--data {data} is not a readable zip file ({error}): name the DSS release, datasets.zip.")
+
+
+def read_member(release: zipfile.ZipFile, name: str) -> bytes:
+    """One member of the release, read into memory without unpacking the zip; bombs are refused."""
+    try:
+        if release.getinfo(name).file_size > 2**30:
+            raise UserError(f"{release.filename}: {name} would unpack to over 1 GiB: this is not the DSS release.")
+        return release.read(name)
+    except KeyError:
+        raise UserError(f"{release.filename} has no {name}: name the DSS release, datasets.zip, with --data.")
+    except (OSError, zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError) as error:
+        raise UserError(f"{release.filename}: {name} cannot be read ({error}): download the file again.")
+
+
+def hold_out(examples: list[Example], share: float, seed: int) -> tuple[list[Example], list[Example]]:
+    """(kept, held out), as datasets.train_test_split, and so DSS, divides them."""
+    order = np.random.default_rng(seed).permutation(len(examples))
+    count = math.ceil(share * len(examples))
+    return [examples[i] for i in order[count:]], [examples[i] for i in order[:count]]
+
+
+def load_task(name: str, data: str = DSS_ZIP, train_size: float | None = None) -> tuple[Task, dict[str, list[Example]]]:
+    """The task and its splits "train", "valid" and "test".
+
+    `name` is one of TASKS or a path to a JSON Lines file with `input` and `label` in each row, and optionally `id`,
+    `choices` and `rationale`. `train_size` is a count (> 1) or a fraction of the training set. UserError if unusable.
+    """
+    task = TASKS.get(name) or Task(Path(name).stem)
+    if name == "toy":
+        splits = toy_splits()
+    elif task.folder:
+        splits = {}
+        with open_release(data) as release:
+            for split in ("train", "valid", "test"):
+                member = f"datasets/{task.folder}/{task.folder}_{split}.json"
+                if split == "valid" and member not in release.namelist():
+                    continue  # svamp and cqa have none
+                rows = parse_jsonl(read_member(release, member), f"{release.filename}: {member}")
+                splits[split] = [
+                    to_example(task, where, row, f"{name}-{split}-{i}") for i, (where, row) in enumerate(rows)
+                ]
+        if "valid" not in splits:
+            splits["train"], splits["valid"] = hold_out(splits["train"], 0.1, seed=0)
+    elif not Path(name).is_file():
+        raise UserError(f"--task {name} is neither one of {', '.join(TASKS)} nor a JSON Lines file.")
+    else:
+        examples: dict[str, Example] = {}
+        for number, (where, row) in enumerate(parse_jsonl(read_file(Path(name)), name)):
+            example = to_example(task, where, row, f"row-{number}")
+            if example.id in examples:
+                raise UserError(f"{where}: the id {example.id[:40]!r} stands in an earlier line too: ids must differ.")
+            examples[example.id] = example
+        if len(examples) < 3:
+            raise UserError(f"{name} has {len(examples)} rows: training, validation and test need one each at least.")
+        train, rest = hold_out(list(examples.values()), 0.2, seed=0)
+        splits = dict(zip(("train", "valid", "test"), (train, *hold_out(rest, 0.5, seed=0))))
+    if train_size is not None:
+        train = splits["train"]
+        count = round(train_size * len(train)) if train_size <= 1 else int(train_size)
+        if not 1 <= count <= len(train):
+            raise UserError(
+                f"--train-size {train_size:g} asks for {count} of {len(train)} examples: name 1 to {len(train)}."
+            )
+        order = np.random.default_rng(0).permutation(len(train))[:count]
+        splits["train"] = [train[i] for i in sorted(order)]
+    return task, splits
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# toy: arithmetic stories whose rationales can be checked exactly
+
+NAMES = ["Anna", "Ben", "Carla", "David", "Emma", "Felix", "Greta", "Hugo"]
+THINGS = ["apples", "books", "cards", "coins", "eggs", "pens", "shells", "toys"]
+VERBS = {"bought": 1, "found": 1, "lost": -1, "sold": -1, "gave": -1}  # what the verb does to the actor's count
+LARGEST = 20  # no count goes beyond: small enough for a tiny student to learn the sums by heart
+
+
+class Step(NamedTuple):
+    """One step of a sum: a + b = c or a - b = c."""
+
+    a: int
+    op: str
+    b: int
+    c: int
+
+    def __str__(self) -> str:
+        return f"{self.a} {self.op} {self.b} = {self.c}"
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something that happens to `n` things of `who`; a gift goes `to` somebody."""
+
+    who: str
+    verb: str
+    n: int
+    thing: str
+    to: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.who} {self.verb} {self.to + ' ' if self.to else ''}{self.n} {self.thing}"
+
+    def change(self, person: str, thing: str) -> int:
+        """By how much the event changes the number of `thing` that `person` has."""
+        if thing != self.thing or person not in (self.who, self.to):
+            return 0
+        return self.n if person == self.to else VERBS[self.verb] * self.n
+
+
+def random_event(rng: random.Random, people: list[str], things: list[str]) -> Event:
+    who, to = rng.sample(people, 2)
+    verb = rng.choice([*VERBS, "gave"])
+    return Event(who, verb, rng.randint(2, 9), rng.choice(things), to if verb == "gave" else "")
+
+
+def follow(start: int, changes: list[int]) -> list[Step] | None:
+    """The steps `a + b = c` or `a - b = c` that the changes make of `start`; None where a count leaves the range."""
+    steps, count = [], start
+    for change in changes:
+        steps.append(Step(count, "+" if change > 0 else "-", abs(change), count + change))
+        count += change
+        if not 0 <= count <= LARGEST:
+            return None
+    return steps
+
+
+def equation(start: int, changes: list[int]) -> str:
+    """The steps as one SVAMP-style equation: `( ( 7 + 5 ) - 2 )`."""
+    text = str(start)
+    for change in changes:
+        text = f"( {text} {'+' if change > 0 else '-'} {abs(change)} )"
+    return text
+
+
+@dataclass(frozen=True)
+class Story:
+    """A question about how many `thing` somebody has in the end, after events of which only some matter."""
+
+    person: str
+    thing: str
+    start: int
+    opening: tuple[str, ...]
+    events: tuple[Event, ...]
+
+    def changes(self) -> list[int]:
+        return [c for c in (e.change(self.person, self.thing) for e in self.events) if c]
+
+    def input(self) -> str:
+        told = [*self.opening, *(f"{event}." for event in self.events)]
+        return " ".join(told) + f"\nHow many {self.thing} does {self.person} have now?"
+
+
+def random_story(rng: random.Random) -> Story:
+    """One to three events, of which one at least matters, with another person, another thing and their numbers between."""
+    while True:
+        people, things = rng.sample(NAMES, 2), rng.sample(THINGS, 2)
+        start = rng.randint(2, 12)
+        opening = (f"{people[0]} had {start} {things[0]}.",)
+        events = tuple(random_event(rng, people, things) for _ in range(rng.randint(1, 3)))
+        story = Story(people[0], things[0], start, opening, events)
+        if story.changes() and follow(start, story.changes()):
+            return story
+
+
+def think(rng: random.Random, story: Story, error_rate: float) -> str:
+    """One sample of the built-in teacher: an explanation and the answer that follows from it, in the paper's format.
+
+    With probability `error_rate` the reasoning goes wrong as a person's would: a wrong operation, a wrong number,
+    a step left out, or a step too many.
+    """
+    told = [(event, event.change(story.person, story.thing)) for event in story.events]
+    right = [(event, change) for event, change in told if change]
+    others = [event for event, change in told if not change]
+    while True:
+        used = list(right)
+        if rng.random() < error_rate:
+            i = rng.randrange(len(used))
+            event, change = used[i]
+            error = rng.choice(["operation", "number", "left out", "too many"])
+            if error == "operation":
+                used[i] = (event, -change)
+            elif error == "number":
+                n = rng.choice([e.n for e in others] or [abs(change) - 1, abs(change) + 1])
+                used[i] = (replace(event, n=n), n if change > 0 else -n)
+            elif error == "left out" and len(used) > 1:
+                del used[i]
+            elif others:
+                extra = rng.choice(others)
+                used.insert(rng.randint(0, len(used)), (extra, rng.choice((1, -1)) * extra.n))
+            if used == right:
+                continue
+        changes = [change for _, change in used]
+        steps = follow(story.start, changes)
+        if steps:
+            break
+    style = rng.randrange(3)
+    if style == 0:
+        lines = [f"{story.person} had {story.start} {story.thing}."]
+        lines += [f"{event}, so {step}." for (event, _), step in zip(used, steps, strict=True)]
+        lines += [f"Now {story.person} has {steps[-1].c} {story.thing}."]
+    elif style == 1:
+        lines = [f"The story starts with {story.start} {story.thing}."]
+        lines += [
+            f"After that {event.who} {event.verb} {event.n}: {step}."
+            for (event, _), step in zip(used, steps, strict=True)
+        ]
+        lines += [f"That makes {steps[-1].c}."]
+    else:
+        lines = [f"At first there are {story.start}."]
+        lines += [f"{'Add' if step.op == '+' else 'Take away'} {step.b}: {step}." for step in steps]
+        lines += [f"In the end {story.person} has {steps[-1].c}."]
+    return f"<Explanation>: {' '.join(lines)}\n<Answer>: {equation(story.start, changes)}"
+
+
+TOY_VERSION = 1  # raised when the stories change, so that old samples are not taken for theirs
+TOY_SIZES = {"train": int(os.environ.get("TN", "4000")), "valid": 500, "test": 1000}
+STEP = re.compile(r"(\d+) ([+-]) (\d+) = (\d+)")
+
+
+def toy_splits() -> dict[str, list[Example]]:
+    """The same stories every time, no story twice."""
+    rng, stories = random.Random("toy"), {}
+    while len(stories) < sum(TOY_SIZES.values()):
+        story = random_story(rng)
+        stories[story.input()] = story
+    left, splits = iter(stories.items()), {}
+    for split, size in TOY_SIZES.items():
+        chosen = [next(left) for _ in range(size)]
+        splits[split] = [
+            Example(f"toy-{split}-{i}", text, equation(story.start, story.changes()), (), story)
+            for i, (text, story) in enumerate(chosen)
+        ]
+    return splits
+
+
+def is_valid(example: Example, rationale: str) -> bool | None:
+    """The exact check: every step right, all steps and no other in order, and the gold value as the last number.
+
+    None for tasks whose rationales cannot be checked.
+    """
+    if example.story is None:
+        return None
+    gold = follow(example.story.start, example.story.changes())
+    told = [Step(int(a), op, int(b), int(c)) for a, op, b, c in STEP.findall(rationale[:2000])]
+    numbers = re.findall(r"\d+", rationale[:2000])
+    return told == gold and int(numbers[-1]) == gold[-1].c
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Teachers: several samples a question, kept in a cache
+
+SYSTEM = (
+    "You are a question-answering robot. You get a question, with answer choices where there are any. Give the"
+    " explanation and the answer. Find the explanation by thinking step by step. The answer is {answer_format}."
+    " Follow this output format:\n<Explanation>: the explanation\n<Answer>: the answer"
+)
+# Two worked examples for models that only continue text.
+SHOTS = """Question: Nina had 3 plums. She bought 4 more. How many plums does she have?
+<Explanation>: Nina had 3 plums and bought 4, so she has 3 + 4 = 7 plums.
+<Answer>: ( 3 + 4 )
+
+Question: Where do fish live?
+Answer Choices:
+(a) water
+(b) sky
+<Explanation>: Fish breathe through gills, which work under water only.
+<Answer>: (a) water
+
+"""
+
+
+def ask(task: Task, example: Example) -> list[dict[str, str]]:
+    """The paper's prompt (its Fig. 3) as chat messages."""
+    question = example.input.replace("</s>", "\nHypothesis: ")
+    if example.choices and "Answer Choices:" not in question:
+        question += f"\nAnswer Choices:{lettered(example.choices)}"
+    system = SYSTEM.format(answer_format=task.answer_format)
+    return [{"role": "system", "content": system}, {"role": "user", "content": f"Question: {question}"}]
+
+
+Request = tuple[Example, int]  # a question, and the number of the sample
+
+
+def ask_toy(requests: list[Request], task: Task, name: str, options: Any) -> Iterator[tuple[Request, str]]:
+    """Samples of the toy's own teacher."""
+    for example, n in requests:
+        assert example.story is not None
+        yield (example, n), think(random.Random(f"{example.id}/{n}"), example.story, options.toy_errors)
+
+
+def ask_model(requests: list[Request], task: Task, name: str, options: Any) -> Iterator[tuple[Request, str]]:
+    """Samples of a Hugging Face model, causal or seq2seq, on this machine."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left")
+        seq2seq = AutoConfig.from_pretrained(name).is_encoder_decoder
+        model = (AutoModelForSeq2SeqLM if seq2seq else AutoModelForCausalLM).from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--teacher {name} cannot be loaded: {first_line(error)}")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model.to(device).eval()
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    for i in range(0, len(requests), TEACHER_BATCH):
+        batch = requests[i : i + TEACHER_BATCH]
+        chats = [ask(task, example) for example, _ in batch]
+        if tokenizer.chat_template:
+            texts = [tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) for chat in chats]
+        else:
+            texts = [f"{system['content']}\n\n{SHOTS}{user['content']}\n<Explanation>:" for system, user in chats]
+        inputs = tokenizer(
+            texts, return_tensors="pt", padding=True, add_special_tokens=seq2seq or not tokenizer.chat_template
+        ).to(device)
+        torch.manual_seed(int(hashlib.sha256(f"{batch[0][0].id}/{batch[0][1]}".encode()).hexdigest()[:8], 16))
+        output = model.generate(
+            **inputs, do_sample=options.temperature > 0, temperature=options.temperature or None, max_new_tokens=MAX_TOKENS
+        )
+        output = output if seq2seq else output[:, inputs["input_ids"].shape[1] :]
+        yield from zip(batch, tokenizer.batch_decode(output, skip_special_tokens=True))
+
+
+def ask_api(requests: list[Request], task: Task, name: str, options: Any) -> Iterator[tuple[Request, str]]:
+    """Samples of any OpenAI-compatible server; 429, 5xx, cut and slow connections are tried again with backoff."""
+    client = InferenceClient(
+        base_url=options.api_base or os.environ.get("OPENAI_BASE_URL") or "https://api.openai.com/v1",
+        api_key=os.environ.get("OPENAI_API_KEY") or "none",
+        timeout=API_TIMEOUT,
+    )
+
+    def one(request: Request) -> str:
+        for attempt in range(API_TRIES):
+            wait = min(60, 2**attempt * API_BACKOFF)
+            try:
+                reply = client.chat_completion(
+                    ask(task, request[0]), model=name, temperature=options.temperature, max_tokens=MAX_TOKENS
+                )
+                content = reply.choices[0].message.content
+                if isinstance(content, str):
+                    return content
+                problem = "a reply without text"
+            except HfHubHTTPError as error:
+                status = error.response.status_code
+                problem = f"status {status}"
+                if status in (401, 403):
+                    raise UserError(f"--teacher api:{name} refused the key (status {status}): set OPENAI_API_KEY.")
+                if status != 429 and status < 500:
+                    raise UserError(
+                        f"--teacher api:{name} refused the request (status {status}): check the model's name and --api-base."
+                    )
+                with suppress(ValueError):
+                    wait = max(wait, float(error.response.headers.get("Retry-After", 0)))
+            except (
+                InferenceTimeoutError,
+                OSError,
+                HTTPError,
+                ValueError,
+                KeyError,
+                IndexError,
+                TypeError,
+                AttributeError,
+            ) as error:
+                problem = type(error).__name__
+            time.sleep(wait)
+        raise UserError(
+            f"--teacher api:{name} gave {problem} {API_TRIES} times in a row: start again when it is back, nothing is lost."
+        )
+
+    pool = ThreadPoolExecutor(options.api_concurrency)
+    try:
+        futures = {pool.submit(one, request): request for request in requests}
+        for future in as_completed(futures):
+            yield futures[future], future.result()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+class Cache:
+    """Raw teacher outputs in a JSON Lines file, `{"id", "teacher", "sample", "output"}`, safe against kill -9.
+
+    A sample is one appended line. The lock keeps writers from mixing lines, and a line that a killed writer left
+    unfinished is closed before the next is appended; loading drops it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.lock = filelock.FileLock(f"{path}.lock")
+
+    def load(self) -> dict[tuple[str, int], str]:
+        """Output by (id, sample); the first of duplicates counts."""
+        outputs: dict[tuple[str, int], str] = {}
+        if self.path.exists():
+            for _, row in parse_jsonl(read_file(self.path), str(self.path), torn=True):
+                outputs.setdefault((row["id"], row["sample"]), row["output"])
+        return outputs
+
+    def append(self, id: str, teacher: str, sample: int, output: str) -> None:
+        line = json.dumps({"id": id, "teacher": teacher, "sample": sample, "output": output}).encode() + b"\n"
+        with self.lock, self.path.open("a+b") as file:
+            if file.tell() and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n":
+                line = b"\n" + line
+            file.write(line)
+
+
+def cache_path(task: Task, teacher: str, options: Any) -> Path:
+    """One cache for each model, prompt and temperature; the key of an API is no part of it."""
+    example = Example("", "{question}", "", ("{choice}",) if task.answer_format == CHOICE else ())
+    identity = [task.name, teacher, ask(task, example), SHOTS, options.temperature]
+    if teacher == "toy":
+        identity.append([options.toy_errors, TOY_VERSION])
+    digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:10]
+    name = re.sub(r"[^\w.-]+", "-", f"{task.name}-{teacher}")[:80]
+    return CACHE / "samples" / f"{name}-{digest}.jsonl"
+
+
+def read_samples(path: Path) -> Iterator[tuple[str, str, int, str]]:
+    """(id, teacher, sample, output) of a file of samples; UserError names the line that has not all four."""
+    for where, row in parse_jsonl(read_file(path), str(path)):
+        try:
+            id, teacher, sample, output = row["id"], row["teacher"], row["sample"], row["output"]
+        except KeyError as error:
+            raise UserError(f"{where} has no {error}: a sample has id, teacher, sample and output.")
+        if not (isinstance(id, str) and isinstance(teacher, str) and type(sample) is int and isinstance(output, str)):
+            raise UserError(f"{where}: id, teacher and output must be texts, sample a whole number.")
+        yield id, teacher, sample, output
+
+
+def palm_outputs(task: Task, data: str) -> Iterator[tuple[str, str, int, str]]:
+    """The PaLM-540B completions of the DSS release, one for each training question, in the order of the rows."""
+    with open_release(data) as release:
+        members = [n for n in release.namelist() if n.startswith(f"datasets/{task.folder}/llm/train_CoT_")]
+        members.sort(key=lambda name: int(re.findall(r"\d+", name)[-1]))
+        i = 0
+        for member in members:
+            for output in json.loads(read_member(release, member)):
+                yield f"{task.name}-train-{i}", "palm-540b", 0, str(output)
+                i += 1
+
+
+def collect(task: Task, examples: list[Example], teachers: list[str], options: Any) -> dict[str, list[Sample]]:
+    """The parsed samples of each training question by id, from all teachers together; what is missing is asked for."""
+    by_id = {example.id: example for example in examples}
+    k = options.k or 5
+    samples: dict[str, list[Sample]] = {}
+    for teacher in teachers or [default_teacher(task, options)]:
+        if teacher == "palm":
+            if not task.folder:
+                raise UserError(f"--teacher palm has no samples for task {task.name}: name another teacher.")
+            rows = palm_outputs(task, options.data)
+        elif Path(teacher).is_file():
+            rows = read_samples(Path(teacher))
+        else:
+            rows = sampled(task, examples, teacher, k, options)
+        seen: set[tuple[str, str, int]] = set()
+        for id, name, sample, output in rows:
+            if id in by_id and (id, name, sample) not in seen:
+                seen.add((id, name, sample))
+                samples.setdefault(id, []).append(Sample(name, *parse_output(task, by_id[id], output)))
+        if not seen:
+            raise UserError(
+                f"--teacher {teacher} has no sample for any training question of {task.name}: ids must match, such as {examples[0].id!r}."
+            )
+    if options.k:
+        most = max(map(len, samples.values()))
+        if options.k > most:
+            raise UserError(
+                f"--k {options.k} asks for more samples than the {most} a question that there are: name 1 to {most}."
+            )
+        samples = {id: own[: options.k] for id, own in samples.items()}
+    return samples
+
+
+def default_teacher(task: Task, options: Any) -> str:
+    if task.name == "toy":
+        return "toy"
+    if not task.folder:
+        raise UserError(
+            f"--task {options.task} needs a --teacher: a Hugging Face model, api:MODEL, or a file of samples."
+        )
+    print("Teacher: palm, one sample a question, so there is nothing to vote on; --teacher MODEL with --k brings more.")
+    return "palm"
+
+
+def sampled(
+    task: Task, examples: list[Example], teacher: str, k: int, options: Any
+) -> Iterator[tuple[str, str, int, str]]:
+    """K samples of each question: from the cache, and what is missing from the teacher, into the cache."""
+    cache = Cache(cache_path(task, teacher, options))
+    known = cache.load()
+    missing = [(e, n) for e in examples for n in range(k) if (e.id, n) not in known]
+    how = ask_toy if teacher == "toy" else ask_api if teacher.startswith("api:") else ask_model
+    name = teacher.removeprefix("api:")
+    asked = how(missing, task=task, name=name, options=options) if missing else iter(())
+    try:
+        for (example, n), output in tqdm(
+            asked, total=len(missing), desc=f"samples of {teacher}", unit="sample", disable=not missing
+        ):
+            cache.append(example.id, teacher, n, output)
+            known[example.id, n] = output
+    except KeyboardInterrupt:
+        print(f"\nStopped: {len(known)} samples are safe in {cache.path}; the same command goes on from there.")
+        raise
+    for example in examples:
+        for n in range(k):
+            yield example.id, teacher, n, known[example.id, n]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# tiny: a student small enough to pretrain on a laptop while you wait
+
+TINY_STEPS, TINY_BATCH, TINY_LR = int(os.environ.get("TS", "2000")), 32, 3e-3
+
+
+def plain_story(rng: random.Random) -> str:
+    """A pretraining text: one person, one thing, running totals; no question, no equation, no distractor."""
+    while True:
+        people, thing = rng.sample(NAMES, 2), rng.choice(THINGS)
+        start = rng.randint(2, 12)
+        events = [random_event(rng, people, [thing]) for _ in range(rng.randint(2, 4))]
+        changes = [event.change(people[0], thing) for event in events]
+        steps = follow(start, changes) if all(changes) else None
+        if steps:
+            told = [
+                f"{event}. Now {people[0]} has {step.c} {thing}." for event, step in zip(events, steps, strict=True)
+            ]
+            return " ".join([f"{people[0]} had {start} {thing}.", *told])
+
+
+def tiny_tokenizer(rng: random.Random) -> T5Tokenizer:
+    """A SentencePiece unigram model of the stories' and the teacher's words."""
+    stories = [random_story(rng) for _ in range(2000)]
+    texts = [plain_story(rng) for _ in stories] + [f"predict: explain: {s.input()}".replace("\n", " ") for s in stories]
+    texts += [think(rng, s, 0.4).replace("\n", " ") for s in stories]
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts), model_writer=model, vocab_size=300, model_type="bpe", hard_vocab_limit=False,
+        character_coverage=1.0, pad_id=0, eos_id=1, unk_id=2, bos_id=-1, minloglevel=2)  # fmt: skip
+    pieces = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+    # T5Tokenizer looks for the split of the highest total score: with -1 a piece that is the one of fewest pieces
+    return T5Tokenizer(vocab=[(pieces.id_to_piece(i), -1.0) for i in range(len(pieces))], extra_ids=20)
+
+
+def corrupt_spans(rng: random.Random, ids: list[int], sentinels: list[int]) -> tuple[list[int], list[int]]:
+    """T5's span corruption (arXiv 1910.10683, 3.1.4): 15% of the tokens, in spans of three on average."""
+    source, target, i, used = [], [], 0, 0
+    while i < len(ids):
+        if rng.random() < 0.15 / 3 / 0.85 and used < len(sentinels):
+            span = min(rng.randint(1, 5), len(ids) - i)
+            source.append(sentinels[used])
+            target += [sentinels[used], *ids[i : i + span]]
+            used, i = used + 1, i + span
+        else:
+            source.append(ids[i])
+            i += 1
+    return source, target
+
+
+def tiny_student() -> Path:
+    """The folder of the built-in student, made on first use: T5 of 2 + 2 layers, pretrained by span corruption."""
+    path = CACHE / f"tiny-{TOY_VERSION}"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(f"{path}.lock"):
+        if not path.exists():
+            rng = random.Random("tiny")
+            tokenizer = tiny_tokenizer(rng)
+            torch.manual_seed(0)
+            model = T5ForConditionalGeneration(T5Config(
+                vocab_size=len(tokenizer), d_model=64, d_kv=16, d_ff=256, num_layers=2, num_decoder_layers=2, num_heads=4,
+                dropout_rate=0.0, decoder_start_token_id=0, pad_token_id=0, eos_token_id=1))  # fmt: skip
+            pretrain_tiny(model, tokenizer, rng)
+            temporary = path.with_name(f"{path.name}.tmp")
+            model.save_pretrained(temporary)
+            tokenizer.save_pretrained(temporary)
+            os.replace(temporary, path)
+    return path
+
+
+def pretrain_tiny(model: T5ForConditionalGeneration, tokenizer: T5Tokenizer, rng: random.Random) -> None:
+    sentinels = tokenizer.convert_tokens_to_ids([f"<extra_id_{i}>" for i in range(20)])
+    optimizer = torch.optim.AdamW(model.parameters(), TINY_LR)
+
+    def padded(rows: list[list[int]], value: int) -> torch.Tensor:
+        return torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], True, value)
+
+    for step in tqdm(range(TINY_STEPS), desc="pretraining the student tiny, once", unit="step"):
+        optimizer.param_groups[0]["lr"] = TINY_LR * min(1, (step + 1) / 100) * (1 - step / TINY_STEPS)
+        texts = tokenizer([plain_story(rng) for _ in range(TINY_BATCH)]).input_ids
+        pairs = [corrupt_spans(rng, ids[:-1], sentinels) for ids in texts]
+        source = padded([s + [1] for s, _ in pairs], 0)
+        target = padded([t + [1] for _, t in pairs], -100)
+        loss = model(input_ids=source, attention_mask=(source != 0).long(), labels=target).loss
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()

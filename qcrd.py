@@ -1,0 +1,1003 @@
+"""Quality-guided Contrastive Rationale Distillation (QCRD, arXiv 2405.13014) in plain PyTorch.
+
+    python qcrd.py                                                # built-in task and student, no download, no GPU
+    python qcrd.py --task anli --student t5-small                 # a real task, with the teacher samples DSS published
+    python qcrd.py --task svamp --teacher samples.jsonl           # teacher samples of your own
+    python qcrd.py --task my.jsonl --teacher api:MODEL            # a task and a teacher of your own
+
+Read from top to bottom: the options, the discriminator, the losses, where positives and negatives come from, one
+training step, the training loop, the command line. Equation numbers are the paper's; data.py makes what is fed in.
+"""
+
+import json
+import math
+import os
+import random
+import re
+import signal
+import sys
+import time
+import zlib
+from collections.abc import Hashable, Sequence
+from contextlib import nullcontext
+from copy import deepcopy
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, HfArgumentParser
+
+import data
+from data import Example, Sample, Task, UserError, first_line
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Options. A default of None is one that depends on the student: the published setting, or one tuned for `tiny`.
+
+
+def option(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class TaskOptions:
+    task: str = option("toy", "toy, svamp, cqa, anli, esnli, or a JSON Lines file with input and label in each row")
+    data: str = option(data.DSS_ZIP, "the DSS release, datasets.zip: a file or a URL")
+    train_size: float | None = option(None, "how many training questions to use: a count, or a fraction up to 1")
+    labels: Literal["gold", "teacher"] = option("gold", "what predict: learns: gold labels, or the voted answers")
+    teacher: list[str] = field(default_factory=list, metadata={"help": "palm, a Hugging Face model, api:MODEL, or a JSON Lines file of samples; several are pooled"})  # fmt: skip
+    k: int | None = option(None, "K, samples a question (default 5; of a file all)")
+    temperature: float = option(0.7, "at which the teacher is sampled")
+    api_base: str | None = option(
+        None, "URL of an OpenAI-compatible server (or OPENAI_BASE_URL; key in OPENAI_API_KEY)"
+    )
+    api_concurrency: int = option(8, "requests under way at once")
+    toy_errors: float = option(0.4, "how often the toy's teacher reasons wrongly")
+
+
+@dataclass
+class MethodOptions:
+    method: Literal["finetune", "single", "dss", "mi", "qcrd"] = option("qcrd", "the paper's method or a baseline")
+    positives: Literal["all", "one"] = option("all", "of qcrd: all voted rationales, or one unvoted as in dss")
+    negatives: Literal["student", "fixed", "teacher", "none"] = option("student", "of qcrd: the teacher's minority and the lagged student's; a fixed dss student's; the minority alone; none")  # fmt: skip
+    scheme: Literal["minmax", "maxmin", "sampling", "mean", "wmean"] = option(
+        "minmax", "many-to-one scheme (eqs. 4, 5)"
+    )
+    lag: int = option(5, "j: negatives come from the student as it was j rounds ago")
+    student_temperature: float = option(1.5, "at which the student's negatives are sampled")
+    alpha1: float = option(0.5, "weight of L_pred (eq. 8)")
+    alpha2: float = option(0.5, "weight of L_cl (eq. 8)")
+    alpha3: float = option(0.5, "weight of L_D (eq. 8); times 0.9 every round")
+    beta: float = option(0.2, "weight of the negatives (eq. 3)")
+    delta: float = option(3.0, "margin of the negatives, in nats per token")
+    mi_weight: float = option(0.1, "weight of the mutual-information term of mi")
+    judge: Literal["own", "frozen", "shared", "none"] = option("own", "the discriminator's encoder: a trained copy, a frozen one, the student's own; none: no quality weights")  # fmt: skip
+    judge_loss: Literal["paper", "bce"] = option("bce", "eq. 2, or binary cross-entropy")
+    judge_lr: float | None = option(None, "the discriminator's learning rate (default 5e-5; tiny 5e-4)")
+    judge_steps: int = option(500, "of the discriminator's pretraining, at most")
+    judge_every: int = option(4, "steps between two updates of the discriminator")
+
+
+@dataclass
+class TrainOptions:
+    student: str = option("tiny", "tiny, or a seq2seq model: a Hugging Face name or a folder")
+    rounds: int | None = option(None, "the paper's iterations (default: as many as make 10,000 steps; tiny 16)")
+    round_steps: int | None = option(None, "steps in a round (default: one pass over the training set)")
+    batch_size: int | None = option(None, "questions a step (default 64; tiny 32)")
+    grad_accum: int = option(1, "parts in which a batch is computed, to save memory")
+    lr: float | None = option(None, "AdamW's learning rate, falling linearly to 0 (default 5e-5; tiny 3e-3)")
+    max_input: int = option(1024, "tokens at which inputs are cut")
+    max_target: int = option(256, "tokens at which labels and rationales are cut")
+    precision: Literal["auto", "fp32", "bf16"] = option("auto", "auto: bf16 where the hardware gains from it")
+    device: str = option("auto", "auto, cpu, cuda, cuda:1")
+    seed: int = option(0, "of everything random in training")
+    out: str | None = option(None, "run directory (default runs/TASK-STUDENT-METHOD-sSEED)")
+    save_minutes: float = option(5, "minutes between checkpoints inside a round")
+    overwrite: bool = option(False, "start afresh in a run directory that is in use")
+
+
+@dataclass
+class Options(TrainOptions, MethodOptions, TaskOptions):
+    """All options; TINY fills the open ones for the built-in student, PUBLISHED for any other."""
+
+
+PUBLISHED = {"batch_size": 64, "lr": 5e-5, "judge_lr": 5e-5}  # DSS, arXiv 2305.02301
+TINY = {"batch_size": 32, "lr": 3e-3, "judge_lr": 5e-4, "rounds": 16}
+PUBLISHED_STEPS = 10_000
+ALPHA3_DECAY = 0.9
+WARMUP = 50  # steps in which the learning rate rises
+WRITE_BATCH = 128  # questions answered at once
+LABEL_TOKENS = 64
+ANSWER_MARK = "So the answer is"  # between rationale and label in the single-task target
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The discriminator: how good is rationale r for question x?
+
+
+class Discriminator(nn.Module):
+    """D(x, r) -> s in (0, 1), the quality of a rationale (eq. 1): encoder, max pooling over tokens, two linear layers.
+
+    `encoder` maps (input_ids, attention_mask) to an object with `last_hidden_state` (N, S, d_model), as
+    transformers' T5EncoderModel and the encoder of a T5 student do.
+    """
+
+    def __init__(self, encoder: nn.Module, d_model: int) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.mlp = nn.Sequential(nn.Linear(d_model, d_model), nn.ReLU(), nn.Linear(d_model, 1))
+
+    def features(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Max-pooled encoder states, (N, d_model), of question and rationale in one sequence, (N, S)."""
+        states = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state  # (N, S, d_model)
+        return states.masked_fill(attention_mask[..., None] == 0, -torch.inf).amax(1)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Scores s, (N,), float32."""
+        return torch.sigmoid(self.mlp(self.features(input_ids, attention_mask)).float().squeeze(-1))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The losses: pure functions of tensors. Row i is a question, column j one of its rationales; masks say which exist.
+
+
+def judge_loss(pos_score: Tensor, pos_mask: Tensor, neg_score: Tensor, neg_mask: Tensor, kind: str = "paper") -> Tensor:
+    """L_D, a scalar, from the scores of positives (N, P) and negatives (N, M) and their boolean masks.
+
+    "paper" is eq. 2, the mean of -log(sum_j exp(s_pos_j) / sum_j exp(s_neg_j)) over questions that have both.
+    "bce" is the mean binary cross-entropy over all rationales. 0 where there is nothing to average.
+    """
+    if kind == "bce":
+        scores = torch.cat([pos_score[pos_mask], neg_score[neg_mask]])
+        truth = torch.cat([torch.ones_like(pos_score[pos_mask]), torch.zeros_like(neg_score[neg_mask])])
+        return F.binary_cross_entropy(scores, truth) if len(scores) else pos_score.sum() * 0
+    both = pos_mask.any(1) & neg_mask.any(1)
+    if not both.any():
+        return pos_score.sum() * 0
+    pos = pos_score.masked_fill(~pos_mask, -torch.inf)[both].logsumexp(1)
+    neg = neg_score.masked_fill(~neg_mask, -torch.inf)[both].logsumexp(1)
+    return (neg - pos).mean()
+
+
+def contrastive_loss(
+    pos_nll: Tensor,
+    pos_mask: Tensor,
+    neg_nll: Tensor,
+    neg_mask: Tensor,
+    pos_score: Tensor | None = None,
+    neg_score: Tensor | None = None,
+    beta: float = 0.2,
+    delta: float = 3.0,
+    scheme: str = "minmax",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """L_cl of eqs. 3 to 7 and its two terms before beta: (loss, positive term, negative term), each a scalar.
+
+    pos_nll (N, P) and neg_nll (N, M) are l(f(x), r), the token-mean cross-entropy of each rationale under the
+    student, in nats per token; the boolean masks say which rationales exist. The scores are D's, of the same shapes;
+    without them all quality weights are 1. A question without positives (negatives) has 0 in that term.
+    """
+
+    def combine(nll: Tensor, mask: Tensor, quality: Tensor, pick: str) -> Tensor:
+        """One number a question, (N,), out of its rationales' l and quality weights."""
+        if mask.shape[1] == 0:
+            return nll.new_zeros(len(nll))
+        weight = mask.float()
+        if pick in ("min", "max"):
+            best = (
+                nll.masked_fill(~mask, math.inf).argmin(1)
+                if pick == "min"
+                else nll.masked_fill(~mask, -math.inf).argmax(1)
+            )
+            weight = F.one_hot(best, nll.shape[1]) * weight
+        elif pick == "sampling":
+            weight = F.one_hot(torch.rand_like(nll).masked_fill(~mask, -1).argmax(1), nll.shape[1]) * weight
+        elif pick == "mean":
+            weight = weight / weight.sum(1, keepdim=True).clamp(min=1)
+        elif pick == "wmean":  # quality decides the shares within the mean instead of the size of the term
+            weight, quality = weight * quality, torch.ones_like(quality)
+            weight = weight / weight.sum(1, keepdim=True).clamp(min=1e-9)
+        else:
+            raise ValueError(f"scheme {scheme!r} is not one of minmax, maxmin, sampling, mean, wmean")
+        return (weight * quality * nll.masked_fill(~mask, 0)).sum(1)
+
+    pos_pick, neg_pick = {"minmax": ("min", "max"), "maxmin": ("max", "min")}.get(scheme, (scheme, scheme))
+    pos_quality = torch.ones_like(pos_nll) if pos_score is None else pos_score.detach()  # eq. 6
+    neg_quality = torch.ones_like(neg_nll) if neg_score is None else 1 - neg_score.detach()  # eq. 7
+    margin_nll = -F.relu(delta - neg_nll)  # min(l - delta, 0): a negative that is already unlikely pushes no more
+    pos_term = combine(pos_nll, pos_mask, pos_quality, pos_pick).mean()  # eq. 4
+    neg_term = combine(margin_nll, neg_mask, neg_quality, neg_pick).mean()  # eq. 5
+    return pos_term - beta * neg_term, pos_term, neg_term  # eq. 3
+
+
+def total_loss(l_pred: Tensor, l_cl: Tensor, l_d: Tensor, alpha: tuple[float, float, float], round: int) -> Tensor:
+    """L_total of eq. 8, a scalar, in round 0, 1, ...: alpha_3 has been multiplied by 0.9 after every round."""
+    return alpha[0] * l_pred + alpha[1] * l_cl + alpha[2] * ALPHA3_DECAY**round * l_d
+
+
+def mutual_information_loss(pred_probs: Tensor, expl_probs: Tensor) -> Tensor:
+    """MI's term (arXiv 2403.03348), a scalar: cross-entropy between the vocabulary distributions (N, V) of the tasks.
+
+    Each is the max over its decoder positions of the softmax; the prediction's side is detached.
+    """
+    return -(pred_probs.detach() * expl_probs.clamp(min=1e-9).log()).sum(1).mean()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Positives and negatives
+
+
+def self_consistency(answers: Sequence[Hashable | None]) -> tuple[Hashable | None, list[int], list[int]]:
+    """Vote over the answers of one question's samples: (winner, indices of positives, indices of negatives).
+
+    None is an answer that could not be parsed; it has no vote and its sample is neither positive nor negative.
+    A tie goes to the answer whose first sample came first. Without any answer the winner is None.
+    """
+    votes: dict[Hashable, int] = {}
+    for answer in answers:
+        if answer is not None:
+            votes[answer] = votes.get(answer, 0) + 1
+    if not votes:
+        return None, [], []
+    winner = max(votes, key=lambda answer: votes[answer])  # dicts keep the order of first appearance, max the first
+    positives = [i for i, answer in enumerate(answers) if answer == winner]
+    return winner, positives, [i for i, answer in enumerate(answers) if answer is not None and answer != winner]
+
+
+@dataclass
+class Question:
+    """A training question after the vote."""
+
+    example: Example
+    label: str  # what predict: learns
+    positives: list[str]
+    negatives: list[str]  # the teacher's minority; the student's own negatives join later, round by round
+    held_out: bool = False  # the discriminator never trains on it, so that its AUC means something
+
+
+def vote(task: Task, examples: list[Example], samples: dict[str, list[Sample]], options: Options) -> list[Question]:
+    """Turn each question's samples into positives and negatives, and print what the vote did."""
+    counts = {"samples": 0, "positives": 0, "negatives": 0, "right": 0, "voted": 0}
+    teachers: dict[str, list[int]] = {}  # samples, parsed, right
+    questions = []
+    for number, example in enumerate(examples):
+        own = samples.get(example.id, [])
+        winner, pos, neg = self_consistency([task.key(sample.answer) for sample in own])
+        for sample in own:
+            row = teachers.setdefault(sample.teacher, [0, 0, 0])
+            row[0] += 1
+            row[1] += task.key(sample.answer) is not None
+            row[2] += task.correct(sample.answer, example)
+        positives = [own[i].rationale for i in pos if own[i].rationale]
+        negatives = [own[i].rationale for i in neg if own[i].rationale]
+        counts["samples"] += len(own)
+        counts["positives"] += len(positives)
+        counts["negatives"] += len(negatives)
+        counts["voted"] += winner is not None
+        counts["right"] += winner is not None and winner == task.key(example.label)
+        if options.method in ("single", "dss", "mi") or options.positives == "one":  # one rationale, no vote
+            positives = [sample.rationale for sample in own if sample.rationale][:1]
+        voted_label = own[pos[0]].answer if pos else None
+        label = example.label if options.labels == "gold" else voted_label or ""
+        if label and options.method == "single":
+            label = f"{positives[0]} {ANSWER_MARK} {label}" if positives else f"{ANSWER_MARK} {label}"
+        if label:  # without gold labels a question without a vote teaches nothing
+            questions.append(
+                Question(
+                    example, label, list(dict.fromkeys(positives)), list(dict.fromkeys(negatives)), number % 10 == 9
+                )
+            )
+    print(f"{len(examples)} questions, {counts['samples'] / len(examples):.2f} samples each: {counts['positives'] / len(examples):.2f} positives, {counts['negatives'] / len(examples):.2f} negatives; voted answer right for {counts['right'] / max(1, counts['voted']):.1%} of {counts['voted']}")  # fmt: skip
+    for teacher, (total, parsed, right) in sorted(teachers.items()):
+        print(
+            f"  {teacher}: {total} samples, {total - parsed} unparsable, {right / max(1, parsed):.1%} of the parsed right"
+        )
+    return questions
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# One training step
+
+
+class Tokens:
+    """Token ids of texts, each text tokenized once."""
+
+    def __init__(self, tokenizer: Any, limit: int) -> None:
+        self.tokenizer, self.limit = tokenizer, limit
+        self.known: dict[str, np.ndarray] = {}
+
+    def __call__(self, texts: Sequence[str]) -> list[np.ndarray]:
+        new = [text for text in dict.fromkeys(texts) if text not in self.known]
+        if new:
+            ids = self.tokenizer(new, truncation=True, max_length=self.limit).input_ids
+            self.known.update((text, np.array(row, np.int32)) for text, row in zip(new, ids, strict=True))
+        return [self.known[text] for text in texts]
+
+
+class Models:
+    """The student and its discriminator on one device, with everything that turns text into their batches."""
+
+    def __init__(self, student: Any, tokenizer: Any, judge: Discriminator | None, options: Options) -> None:
+        self.student, self.tokenizer, self.judge, self.options = student, tokenizer, judge, options
+        self.device = next(student.parameters()).device
+        self.inputs, self.targets = Tokens(tokenizer, options.max_input - 4), Tokens(tokenizer, options.max_target)
+        self.predict, self.explain = (np.array(tokenizer(p).input_ids[:-1], np.int32) for p in ("predict:", "explain:"))
+        self.bf16 = use_bf16(options.precision, self.device, student.config.d_model)
+
+    def autocast(self) -> Any:
+        return torch.autocast(self.device.type, torch.bfloat16) if self.bf16 else nullcontext()
+
+    def pad(self, rows: Sequence[np.ndarray], value: int) -> Tensor:
+        """Rows of token ids as one (N, S) tensor."""
+        out = np.full((len(rows), max(map(len, rows))), value, np.int64)
+        for i, row in enumerate(rows):
+            out[i, : len(row)] = row
+        batch = torch.from_numpy(out)
+        return batch.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else batch
+
+    def encode(self, rows: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
+        """The student's encoder states (N, S, d_model) and their mask (N, S)."""
+        ids = self.pad(rows, self.tokenizer.pad_token_id)
+        mask = (ids != self.tokenizer.pad_token_id).long()
+        with self.autocast():
+            return self.student.get_encoder()(input_ids=ids, attention_mask=mask).last_hidden_state, mask
+
+    def decode(self, states: Tensor, mask: Tensor, rows: Sequence[np.ndarray]) -> tuple[Tensor, Tensor, Tensor]:
+        """Teacher-forced logits (T, V) of the T real target tokens, the target ids (T,) and the row of each (T,).
+
+        The output layer is most of a small student's decoder, so it is applied to real tokens only.
+        """
+        targets = self.pad(rows, -100)  # (N, L)
+        with self.autocast():
+            hidden = self.student.get_decoder()(
+                input_ids=self.student.prepare_decoder_input_ids_from_labels(targets),
+                encoder_hidden_states=states, encoder_attention_mask=mask, use_cache=False,
+            ).last_hidden_state  # fmt: skip
+            real = targets != -100
+            hidden = hidden[real]  # (T, d_model)
+            if self.student.config.scale_decoder_outputs:
+                hidden = hidden * self.student.config.d_model**-0.5
+            return self.student.lm_head(hidden), targets[real], real.nonzero()[:, 0]
+
+    def nll(self, states: Tensor, mask: Tensor, rows: Sequence[np.ndarray]) -> Tensor:
+        """l(f(x), r): the token-mean cross-entropy of each target row, (N,), in nats per token."""
+        return token_mean(*self.decode(states, mask, rows), len(rows))
+
+    def score(self, questions: Sequence[Question], rationales: Sequence[str]) -> Tensor:
+        """D(x, r), (N,), of pairs of a question and a rationale."""
+        pairs = zip(self.inputs([q.example.input for q in questions]), self.targets(rationales), strict=True)
+        ids = self.pad([np.concatenate(pair) for pair in pairs], self.tokenizer.pad_token_id)
+        with self.autocast():
+            return self.judge(ids, (ids != self.tokenizer.pad_token_id).long())
+
+    def score_constant(self, questions: Sequence[Question], rationales: Sequence[str]) -> Tensor:
+        """The same without gradients and dropout: what weighs L_cl and what is reported."""
+        self.judge.eval()
+        with torch.no_grad():
+            scores = torch.cat(
+                [self.score(questions[i : i + 256], rationales[i : i + 256]) for i in range(0, len(questions), 256)]
+            )
+        self.judge.train()
+        return scores
+
+
+def token_mean(logits: Tensor, targets: Tensor, row: Tensor, n: int) -> Tensor:
+    """Mean cross-entropy of the tokens of each row, (n,), from logits (T, V), targets (T,) and rows (T,)."""
+    losses = F.cross_entropy(logits.float(), targets, reduction="none")
+    return losses.new_zeros(n).index_add(0, row, losses) / torch.bincount(row, minlength=n)
+
+
+def grid(values: Tensor, owner: Sequence[int], n: int) -> tuple[Tensor, Tensor]:
+    """Values (R,) of rationales laid out by question, (n, most rationales of one), and the mask of the real ones."""
+    rows, columns = torch.tensor(owner, dtype=torch.long), torch.zeros(len(owner), dtype=torch.long)
+    for i in range(n):
+        columns[rows == i] = torch.arange(int((rows == i).sum()))
+    place = (rows.to(values.device), columns.to(values.device))
+    out = values.new_zeros(n, int(columns.max()) + 1 if len(owner) else 0)
+    mask = torch.zeros_like(out, dtype=torch.bool)
+    return out.index_put(place, values), mask.index_put(place, torch.ones_like(values, dtype=torch.bool))
+
+
+def candidates(
+    batch: list[Question], drawn: dict[str, str], options: Options
+) -> tuple[list[tuple[int, str]], list[tuple[int, str]]]:
+    """Positives and negatives of a batch as (row of the question, rationale)."""
+    pos = [(i, text) for i, q in enumerate(batch) for text in q.positives]
+    if options.method != "qcrd" or options.negatives == "none":
+        return pos, []
+    neg = [(i, text) for i, q in enumerate(batch) for text in q.negatives]
+    return pos, neg + [(i, drawn[q.example.id]) for i, q in enumerate(batch) if drawn.get(q.example.id)]
+
+
+def rationale_loss(
+    models: Models, batch: list[Question], drawn: dict[str, str], states: Tensor, mask: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """L_cl of a batch, with the gradient of eqs. 3 to 7, and its two terms before beta (detached).
+
+    Min, max and margin leave most rationales without a gradient. So all are scored without gradients first; the
+    derivative of L_cl by each l(f(x), r) then tells which rationales have one, and only these run again, weighted by
+    that derivative: the chain rule, hence the same gradient as running all of them at once.
+    """
+    options, n = models.options, len(batch)
+    pos, neg = candidates(batch, drawn, options)
+    if options.scheme == "sampling":
+        pos, neg = (list({i: (i, text) for i, text in random.sample(side, len(side))}.values()) for side in (pos, neg))
+    owner, texts = [i for i, _ in pos + neg], [text for _, text in pos + neg]
+    if not texts:
+        zero = states.sum() * 0
+        return zero, zero.detach(), zero.detach()
+    ids = models.targets(texts)
+    at = torch.tensor(owner, device=states.device)
+
+    def loss_at(nll: Tensor, score: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        cut = len(pos)
+        (pos_nll, pos_mask), (neg_nll, neg_mask) = grid(nll[:cut], owner[:cut], n), grid(nll[cut:], owner[cut:], n)
+        pos_score, neg_score = grid(score[:cut], owner[:cut], n)[0], grid(score[cut:], owner[cut:], n)[0]
+        if models.judge is None:
+            pos_score = neg_score = None
+        return contrastive_loss(
+            pos_nll, pos_mask, neg_nll, neg_mask, pos_score, neg_score, options.beta, options.delta, options.scheme
+        )
+
+    def derivative(nll: Tensor, score: Tensor) -> Tensor:
+        leaf = nll.detach().requires_grad_()
+        return torch.autograd.grad(loss_at(leaf, score)[0], leaf)[0]
+
+    nll = torch.zeros(len(ids), device=states.device)
+    if neg or len(pos) > len(set(owner)):  # something to choose
+        with torch.no_grad():
+            nll = models.nll(states[at], mask[at], ids)
+    score = torch.full_like(nll, 0.5)
+    if models.judge is not None:  # only the chosen rationales' scores are ever used, except by the weighted mean
+        rated = torch.ones_like(nll) if options.scheme == "wmean" else derivative(nll, score)
+        rated = rated.nonzero()[:, 0].tolist()
+        if rated:
+            score[rated] = models.score_constant([batch[owner[i]] for i in rated], [texts[i] for i in rated])
+    weight = derivative(nll, score)  # (R,)
+    kept = weight.nonzero()[:, 0]
+    if not len(kept):
+        return states.sum() * 0, *(term.detach() for term in loss_at(nll, score)[1:])
+    kept_nll = models.nll(states[at[kept]], mask[at[kept]], [ids[i] for i in kept.tolist()])
+    nll[kept] = kept_nll.detach()
+    value, pos_term, neg_term = loss_at(nll, score)
+    pull = (weight[kept] * kept_nll).sum()
+    return pull + (value - pull).detach(), pos_term.detach(), neg_term.detach()
+
+
+def judge_step_loss(
+    models: Models, batch: list[Question], pos: list[tuple[int, str]], neg: list[tuple[int, str]]
+) -> tuple[Tensor, Tensor]:
+    """L_D of a batch's positives and negatives, given as (row, rationale), and the scores of all, positives first."""
+    both = pos + neg
+    score = models.score([batch[i] for i, _ in both], [text for _, text in both])
+    (pos_score, pos_mask), (neg_score, neg_mask) = (
+        grid(part, [i for i, _ in rows], len(batch))
+        for part, rows in ((score[: len(pos)], pos), (score[len(pos) :], neg))
+    )
+    return judge_loss(pos_score, pos_mask, neg_score, neg_mask, models.options.judge_loss), score.detach()
+
+
+def mi_term(models: Models, states: Tensor, mask: Tensor, batch: list[Question], pred: Tensor, row: Tensor) -> Tensor:
+    """MI's term of the questions that have a rationale, from the logits of predict: and a run of explain:."""
+    kept = [i for i, q in enumerate(batch) if q.positives]
+    if not kept:
+        return pred.sum() * 0
+    expl, _, expl_row = models.decode(states[kept], mask[kept], models.targets([batch[i].positives[0] for i in kept]))
+    pred_probs = max_over_positions(pred, row, len(batch))[kept]
+    return mutual_information_loss(pred_probs, max_over_positions(expl, expl_row, len(kept)))
+
+
+def max_over_positions(logits: Tensor, row: Tensor, n: int) -> Tensor:
+    """The max over the positions of each row of the softmax, (n, V), from logits (T, V)."""
+    probs = logits.float().softmax(1)
+    return probs.new_zeros(n, probs.shape[1]).scatter_reduce(0, row[:, None].expand_as(probs), probs, "amax")
+
+
+def step_loss(
+    models: Models, batch: list[Question], drawn: dict[str, str], round_: int, judge_now: bool
+) -> tuple[Tensor, dict[str, float]]:
+    """L_total of a batch (eq. 8) for backward(), and sums over its questions for the round's line."""
+    options, n = models.options, len(batch)
+    inputs = models.inputs([q.example.input for q in batch])
+    rows = [np.concatenate((models.predict, x)) for x in inputs]
+    labels = models.targets([q.label for q in batch])
+    if options.method not in ("finetune", "single"):
+        rows += [np.concatenate((models.explain, x)) for x in inputs]
+    states, mask = models.encode(rows)  # one pass for both tasks, and its states serve all rationales of a question
+    logits, targets, row = models.decode(states[:n], mask[:n], labels)
+    l_pred = token_mean(logits, targets, row, n).mean()
+    sums = {"n": n, "pred": l_pred.item() * n}
+    if options.method in ("finetune", "single"):
+        return l_pred, sums
+    l_cl, pos_term, neg_term = rationale_loss(models, batch, drawn, states[n:], mask[n:])
+    l_d = l_pred.new_zeros(())
+    pos, neg = candidates(batch, drawn, options)
+    sums |= {"positive": pos_term.item() * n, "negative": neg_term.item() * n}
+    sums |= {"no positive": n - len({i for i, _ in pos}), "no negative": n - len({i for i, _ in neg})}
+    if judge_now and models.judge is not None:
+        pos, neg = ([(i, text) for i, text in side if not batch[i].held_out] for side in (pos, neg))
+        if pos or neg:
+            l_d, score = judge_step_loss(models, batch, pos, neg)
+            teacher = [len(pos) + at for at, (i, text) in enumerate(neg) if text in batch[i].negatives]
+            student = [len(pos) + at for at, (i, text) in enumerate(neg) if text not in batch[i].negatives]
+            for name, at in (("D pos", list(range(len(pos)))), ("D teacher neg", teacher), ("D student neg", student)):
+                sums |= {name: score[at].sum().item(), f"#{name}": len(at)}
+            sums |= {"judge": l_d.item() * n, "#judge": n}
+    loss = total_loss(l_pred, l_cl, l_d, (options.alpha1, options.alpha2, options.alpha3), round_)
+    if options.method == "mi":
+        loss = loss + options.mi_weight * mi_term(models, states[n:], mask[n:], batch, logits, row)
+    return loss, sums
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The student writes: its negatives, and in the end its answers
+
+
+def generate(
+    models: Models, inputs: Sequence[str], prefix: str, limit: int, temperature: float = 0, desc: str = "writing"
+) -> list[str]:
+    """What the student writes for each input: greedy, or sampled where temperature > 0. Longest inputs first."""
+    order = sorted(range(len(inputs)), key=lambda i: -len(inputs[i]))
+    start = models.predict if prefix == "predict" else models.explain
+    texts = [""] * len(inputs)
+    models.student.eval()
+    with tqdm(total=len(inputs), desc=desc, unit="question", leave=False) as bar, torch.no_grad(), models.autocast():
+        for i in range(0, len(order), WRITE_BATCH):
+            at = order[i : i + WRITE_BATCH]
+            ids = models.pad(
+                [np.concatenate((start, x)) for x in models.inputs([inputs[j] for j in at])],
+                models.tokenizer.pad_token_id,
+            )
+            sampling = (
+                {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
+            )
+            mask = (ids != models.tokenizer.pad_token_id).long()
+            output = models.student.generate(input_ids=ids, attention_mask=mask, max_new_tokens=limit, **sampling)
+            for j, text in zip(at, models.tokenizer.batch_decode(output, skip_special_tokens=True), strict=True):
+                texts[j] = text.strip()
+            bar.update(len(at))
+    models.student.train()
+    return texts
+
+
+def source_round(round_: int, lag: int) -> int:
+    """The round whose student wrote the negatives that `round_` trains on: j before, or the oldest there is."""
+    return max(round_ - lag, 0)
+
+
+def draw_negatives(models: Models, questions: list[Question], round_: int, path: Path) -> dict[str, str]:
+    """Let the student, as it is at the start of `round_`, write one rationale for each question, and keep them."""
+    torch.manual_seed(step_seed(models.options.seed, round_, "draw"))
+    unique = list({q.example.id: q.example for q in questions}.values())
+    limit = rationale_limit(models, questions)
+    texts = generate(
+        models,
+        [e.input for e in unique],
+        "explain",
+        limit,
+        models.options.student_temperature,
+        f"negatives of round {round_}",
+    )
+    write_atomically(path, "".join(json.dumps({"id": e.id, "output": text}) + "\n" for e, text in zip(unique, texts)))
+    return {e.id: text for e, text in zip(unique, texts)}
+
+
+def rationale_limit(models: Models, questions: list[Question]) -> int:
+    """Tokens after which a sampled rationale is cut: hot samples rarely end by themselves, and a tail that is longer
+    than nine in ten of the teacher's rationales costs time and teaches nothing."""
+    lengths = [len(ids) for q in questions[:1000] for ids in models.targets(q.positives)]
+    return int(np.quantile(lengths, 0.9)) if lengths else models.options.max_target
+
+
+def label_of(output: str, options: Options) -> str:
+    """The label in what predict: wrote: all of it, or what follows the rationale of the single-task student."""
+    return output.rpartition(ANSWER_MARK)[2].strip() if options.method == "single" else output
+
+
+def evaluate(
+    models: Models, task: Task, examples: list[Example], desc: str
+) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    """Label accuracy (greedy predict:) and, where rationales can be checked exactly, their validity (greedy explain:)."""
+    options = models.options
+    limit = options.max_target if options.method == "single" else LABEL_TOKENS
+    inputs = [example.input for example in examples]
+    labels = [label_of(text, options) for text in generate(models, inputs, "predict", limit, desc=f"{desc} labels")]
+    rows: list[dict[str, Any]] = [
+        {"id": e.id, "label": label, "correct": task.correct(label, e)}
+        for e, label in zip(examples, labels, strict=True)
+    ]
+    result = {"accuracy": sum(row["correct"] for row in rows) / len(rows)}
+    if options.method not in ("finetune", "single"):
+        rationales = generate(models, inputs, "explain", options.max_target, desc=f"{desc} rationales")
+        for row, example, text in zip(rows, examples, rationales, strict=True):
+            row |= {"rationale": text, "valid": data.is_valid(example, text)}
+        if task.name == "toy":
+            result["validity"] = sum(row["valid"] for row in rows) / len(rows)
+    return result, rows
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The discriminator's pretraining and its check
+
+
+def corrupt(rng: random.Random, text: str, words: Sequence[str]) -> str:
+    """A negative made of a positive: three words in ten masked or replaced by others' words, at least one."""
+    out = text.split()
+    for i in rng.sample(range(len(out)), max(1, round(0.3 * len(out)))):
+        out[i] = "<extra_id_0>" if rng.random() < 0.5 else rng.choice(words)
+    return " ".join(out)
+
+
+def pretrain_judge(models: Models, questions: list[Question], optimizer: torch.optim.Optimizer) -> None:
+    """Train D on the teacher's positives and negatives; corrupted positives make the classes even."""
+    options, rng = models.options, random.Random(step_seed(models.options.seed, 0, "judge"))
+    known = [q for q in questions if q.positives and not q.held_out]
+    words = [word for q in known[:1000] for word in q.positives[0].split()]
+    torch.manual_seed(step_seed(options.seed, 0, "judge"))
+    for _ in tqdm(range(options.judge_steps if known else 0), desc="discriminator", unit="step", leave=False):
+        batch = rng.sample(known, min(options.batch_size, len(known)))
+        pos = [(i, text) for i, q in enumerate(batch) for text in q.positives]
+        neg = [(i, text) for i, q in enumerate(batch) for text in q.negatives]
+        for i, q in enumerate(batch):
+            missing = max(0, len(q.positives) - len(q.negatives))
+            neg += [(i, corrupt(rng, rng.choice(q.positives), words)) for _ in range(missing)]
+        optimizer.zero_grad()
+        judge_step_loss(models, batch, pos, neg)[0].backward()
+        clip_and_step(optimizer)
+        stop_if_asked()
+
+
+def judge_auc(models: Models, questions: list[Question]) -> float:
+    """How often D scores a good rationale above a bad one of the same held-out question (ties count half).
+
+    Good is what the exact check says where there is one (toy), else what the vote said. NaN without a pair.
+    """
+    wins = []
+    for q in [q for q in questions if q.held_out][:200]:
+        texts = q.positives + q.negatives
+        good = [data.is_valid(q.example, t) if q.example.story else i < len(q.positives) for i, t in enumerate(texts)]
+        if any(good) and not all(good):
+            scores = models.score_constant([q] * len(texts), texts).tolist()
+            pairs = [(a, b) for a, ga in zip(scores, good) for b, gb in zip(scores, good) if ga and not gb]
+            wins += [(a > b) + (a == b) / 2 for a, b in pairs]
+    return sum(wins) / len(wins) if wins else math.nan
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Checkpoints, seeds and signals
+
+
+class Stopped(Exception):
+    """SIGINT or SIGTERM came; everything up to the last checkpoint is safe."""
+
+
+SIGNALS: list[int] = []
+
+
+def on_signal(number: int, _: Any) -> None:
+    SIGNALS.append(number)
+    if len(SIGNALS) > 1:
+        raise KeyboardInterrupt
+
+
+def stop_if_asked() -> None:
+    if SIGNALS:
+        raise Stopped
+
+
+def step_seed(seed: int, step: int, what: str) -> int:
+    """Randomness depends on the position in training alone, so a resumed run draws what an uninterrupted one does."""
+    return zlib.crc32(f"{seed}/{step}/{what}".encode())
+
+
+def write_atomically(path: Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def clip_and_step(optimizer: torch.optim.Optimizer) -> None:
+    """Student and discriminator are clipped apart, so that neither steers the other's step."""
+    torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], 1.0)
+    optimizer.step()
+
+
+def tensors_of(models: Models, optimizers: dict[str, torch.optim.Optimizer]) -> dict[str, Tensor]:
+    """Everything that training changes, by name; tied weights appear once."""
+    tensors = {f"student.{name}": p.data for name, p in models.student.named_parameters()}
+    if models.judge is not None:
+        parts = models.judge.mlp if models.options.judge == "shared" else models.judge
+        tensors |= {f"judge.{name}": p.data for name, p in parts.named_parameters()}
+    for kind, optimizer in optimizers.items():
+        for i, state in optimizer.state_dict()["state"].items():
+            tensors |= {f"{kind}.{i}.{name}": value for name, value in state.items()}
+    return tensors
+
+
+def save_checkpoint(
+    run: Path, models: Models, optimizers: dict[str, torch.optim.Optimizer], progress: dict[str, Any]
+) -> None:
+    """Write checkpoint.safetensors whole or not at all; the one before becomes previous.safetensors."""
+    path, temporary = run / "checkpoint.safetensors", run / "checkpoint.tmp"
+    save_file(
+        {k: v.contiguous() for k, v in tensors_of(models, optimizers).items()},
+        temporary,
+        {"progress": json.dumps(progress)},
+    )
+    with temporary.open("rb") as file:
+        os.fsync(file.fileno())
+    if path.exists():
+        os.replace(path, run / "previous.safetensors")
+    os.replace(temporary, path)
+
+
+def load_checkpoint(run: Path, models: Models, optimizers: dict[str, torch.optim.Optimizer]) -> dict[str, Any] | None:
+    """Restore the newest readable checkpoint; its progress, or None where there is none."""
+    for name in ("checkpoint.safetensors", "previous.safetensors"):
+        if not (run / name).exists():
+            continue
+        try:
+            with safe_open(run / name, "pt") as file:
+                progress = json.loads(file.metadata()["progress"])
+                saved = {key: file.get_tensor(key) for key in file.keys()}
+        except (SafetensorError, OSError, ValueError) as error:
+            print(f"{run / name} is damaged ({first_line(error)}); going back to the one before.")
+            continue
+        for key, value in tensors_of(models, {}).items():
+            value.copy_(saved[key])
+        for kind, optimizer in optimizers.items():
+            state: dict[int, dict[str, Tensor]] = {}
+            for key, value in saved.items():
+                if key.startswith(f"{kind}."):
+                    _, i, part = key.split(".")
+                    state.setdefault(int(i), {})[part] = value
+            optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+        return progress
+    return None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The training loop
+
+
+def pass_batches(questions: list[Question], options: Options, number: int) -> list[list[Question]]:
+    """The batches of one pass over the training set: shuffled by seed and pass, alike in length within a batch."""
+    rng, size = random.Random(step_seed(options.seed, number, "order")), options.batch_size
+    order = rng.sample(questions, len(questions))
+    pools = [
+        sorted(order[i : i + 20 * size], key=lambda q: len(q.example.input)) for i in range(0, len(order), 20 * size)
+    ]
+    batches = [pool[i : i + size] for pool in pools for i in range(0, len(pool), size)]
+    return rng.sample(batches, len(batches))
+
+
+def round_batches(questions: list[Question], options: Options, round_: int) -> list[list[Question]]:
+    """The batches of a round: `round_steps` steps of the stream of passes."""
+    a_pass = math.ceil(len(questions) / options.batch_size)
+    first = round_ * options.round_steps
+    passes = {
+        n: pass_batches(questions, options, n)
+        for n in range(first // a_pass, (first + options.round_steps - 1) // a_pass + 1)
+    }
+    return [passes[step // a_pass][step % a_pass] for step in range(first, first + options.round_steps)]
+
+
+def negatives_for(models: Models, questions: list[Question], round_: int, run: Path) -> dict[str, str]:
+    """The student's negatives of a round, by question id, from the queue of rounds kept in the run directory.
+
+    The queue is what makes old students unnecessary: what round t will need is written by the student of round
+    t - j at the start of that round (by the oldest student, of round 0, for the rounds before j).
+    """
+    options = models.options
+    if options.negatives not in ("student", "fixed") or options.method != "qcrd":
+        return {}
+    lag = options.rounds if options.negatives == "fixed" else options.lag  # a fixed student wrote everything in round 0
+    users = [t for t in range(round_, options.rounds) if source_round(t, lag) == round_]
+    path = run / "negatives" / f"round-{round_:03d}.jsonl"
+    if users and not path.exists():
+        asked = [q for t in users for batch in round_batches(questions, options, t) for q in batch]
+        draw_negatives(models, asked, round_, path)
+    source = run / "negatives" / f"round-{source_round(round_, lag):03d}.jsonl"
+    return {row["id"]: row["output"] for _, row in data.parse_jsonl(data.read_file(source), str(source))}
+
+
+def train(models: Models, questions: list[Question], run: Path) -> list[dict[str, Any]]:
+    """All rounds, from the last checkpoint where there is one; the metrics of each round."""
+    options, student, judge = models.options, models.student, models.judge
+    optimizers = {
+        "student_optimizer": torch.optim.AdamW(student.parameters(), options.lr, fused=models.device.type == "cuda")
+    }
+    if judge is not None:
+        trained = judge.parameters() if options.judge == "own" else judge.mlp.parameters()
+        optimizers["judge_optimizer"] = torch.optim.AdamW(trained, options.judge_lr)
+    progress = load_checkpoint(run, models, optimizers)
+    if progress is None:
+        progress = {"step": 0, "sums": {}, "rounds": [], "seconds": 0.0}
+        if judge is not None:
+            pretrain_judge(models, questions, optimizers["judge_optimizer"])
+            print(f"discriminator pretrained: AUC {judge_auc(models, questions):.3f} on held-out questions")
+        save_checkpoint(run, models, optimizers, progress)
+    total = options.rounds * options.round_steps
+    saved = time.monotonic()
+    with tqdm(total=total, initial=progress["step"], desc="training", unit="step", mininterval=0.5) as bar:
+        for round_ in range(progress["step"] // options.round_steps, options.rounds):
+            started = time.monotonic()
+            drawn = negatives_for(models, questions, round_, run)
+            batches = round_batches(questions, options, round_)
+            progress["drawing"] = progress.get("drawing", 0.0) + time.monotonic() - started
+            for batch in batches[progress["step"] % options.round_steps :]:
+                began = time.monotonic()
+                train_step(models, optimizers, batch, drawn, round_, progress, total)
+                bar.update()
+                progress["seconds"] += time.monotonic() - began
+                if SIGNALS or time.monotonic() - saved > 60 * options.save_minutes:
+                    save_checkpoint(run, models, optimizers, progress)
+                    saved = time.monotonic()
+                    stop_if_asked()
+            line = round_line(models, questions, round_, progress)
+            tqdm.write(" ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in line.items()))
+            progress["rounds"].append(line)
+            progress |= {"sums": {}, "seconds": 0.0, "drawing": 0.0}
+            save_checkpoint(run, models, optimizers, progress)
+            write_atomically(run / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in progress["rounds"]))
+    return progress["rounds"]
+
+
+def train_step(models, optimizers, batch, drawn, round_, progress, total) -> None:
+    """One step of both optimizers; adds its sums to `progress`."""
+    options, step = models.options, progress["step"]
+    torch.manual_seed(step_seed(options.seed, step, "step"))
+    judge_now = step % options.judge_every == 0
+    for optimizer in optimizers.values():
+        optimizer.zero_grad()
+    optimizers["student_optimizer"].param_groups[0]["lr"] = (
+        options.lr * min(1, (step + 1) / WARMUP) * (1 - step / total)
+    )
+    size = math.ceil(len(batch) / options.grad_accum)
+    for part in [batch[i : i + size] for i in range(0, len(batch), size)]:
+        loss, sums = step_loss(models, part, drawn, round_, judge_now)
+        if not torch.isfinite(loss):
+            ids = ", ".join(q.example.id for q in part[:5])
+            raise UserError(
+                f"the loss is {loss.item()} at step {step} (questions {ids}, ...): lower --lr or use --precision fp32; the last checkpoint is good."
+            )
+        (loss * len(part) / len(batch)).backward()
+        for key, value in sums.items():
+            progress["sums"][key] = progress["sums"].get(key, 0) + value
+    for name, optimizer in optimizers.items():
+        if name == "student_optimizer" or judge_now:
+            clip_and_step(optimizer)
+    progress["step"] = step + 1
+
+
+def round_line(models: Models, questions: list[Question], round_: int, progress: dict[str, Any]) -> dict[str, Any]:
+    """The figures of a finished round: means over its questions, D's mean scores, and examples per second."""
+    sums = progress["sums"]
+    line: dict[str, Any] = {"round": round_}
+    for name in ("pred", "positive", "negative", "judge"):
+        if name in sums:
+            line[f"L_{name}"] = sums[name] / max(1, sums.get(f"#{name}", sums["n"]))
+    for name in ("D pos", "D teacher neg", "D student neg"):
+        if sums.get(f"#{name}"):
+            line[name] = sums[name] / sums[f"#{name}"]
+    if models.judge is not None:
+        line["D auc"] = judge_auc(models, questions)
+        if line["D auc"] < 0.55 or max(line.get("D pos", 1), line.get("D teacher neg", 1)) < 0.05:
+            tqdm.write(
+                "warning: the discriminator tells good from bad no better than chance, or its scores have collapsed: try a lower --judge-lr or --judge-loss bce."
+            )
+    line |= {name: sums[name] for name in ("no positive", "no negative") if name in sums}
+    line["examples/s"] = sums["n"] / (progress["seconds"] + progress["drawing"])
+    line["drawing share"] = progress["drawing"] / (progress["seconds"] + progress["drawing"])
+    return line
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The command line
+
+
+def use_bf16(precision: str, device: torch.device, d_model: int) -> bool:
+    """bf16 autocast gains on recent GPUs, and on CPUs with bf16 instructions once the matrices are large."""
+    if precision != "auto":
+        return precision == "bf16"
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported()
+    return d_model >= 256 and torch.cpu._is_avx512_bf16_supported()
+
+
+def load_models(options: Options) -> Models:
+    """The student named by --student and a discriminator started from its encoder; UserError if unusable."""
+    if options.student == "tiny":
+        path = str(data.tiny_student())
+    else:
+        path = options.student
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        student = AutoModelForSeq2SeqLM.from_pretrained(path)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"--student {options.student} is not a seq2seq model with its tokenizer: {first_line(error)}")
+    if len(tokenizer) > student.config.vocab_size:
+        raise UserError(
+            f"--student {options.student}: the tokenizer has {len(tokenizer)} tokens, the model only {student.config.vocab_size}: they are not of one model."
+        )
+    name = options.device if options.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        student.to(torch.device(name)).train()
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {options.device} cannot be used: {first_line(error)}")
+    judge = None
+    if options.method == "qcrd" and options.judge != "none":
+        torch.manual_seed(step_seed(options.seed, 0, "mlp"))
+        encoder = student.get_encoder()
+        judge = Discriminator(encoder if options.judge == "shared" else deepcopy(encoder), student.config.d_model)
+        judge.to(torch.device(name)).train()
+        if options.judge == "frozen":
+            judge.encoder.requires_grad_(False)
+    return Models(student, tokenizer, judge, options)
+
+
+def parse_options(argv: Sequence[str] | None = None) -> Options:
+    """The command line as Options, checked, with the open defaults filled in."""
+
+    class Parser(HfArgumentParser):
+        def error(self, message: str) -> Any:
+            raise UserError(f"{message}: see --help.")
+
+    parts = Parser(
+        [TaskOptions, MethodOptions, TrainOptions], description=__doc__.split("\n")[0]
+    ).parse_args_into_dataclasses(argv)
+    options = Options(**{key: value for part in parts for key, value in asdict(part).items()})
+    for key, value in (TINY if options.student == "tiny" else PUBLISHED).items():
+        if getattr(options, key) is None:
+            setattr(options, key, value)
+    return options
+
+
+def run_directory(options: Options) -> Path:
+    student = re.sub(r"[^\w.-]+", "-", options.student).strip("-")
+    return Path(options.out or f"runs/{Path(options.task).stem}-{student}-{options.method}-s{options.seed}")
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    options = parse_options(argv)
+    run = run_directory(options)
+    task, splits = data.load_task(options.task, options.data, options.train_size)
+    samples = {}
+    if options.method != "finetune" or options.labels == "teacher":
+        samples = data.collect(task, splits["train"], options.teacher, options)
+    questions = vote(task, splits["train"], samples, options)
+    options.round_steps = options.round_steps or math.ceil(len(questions) / options.batch_size)
+    options.rounds = options.rounds or math.ceil(PUBLISHED_STEPS / options.round_steps)
+    (run / "negatives").mkdir(parents=True, exist_ok=True)
+    write_atomically(run / "config.json", json.dumps(asdict(options), indent=2) + "\n")
+    models = load_models(options)
+    train(models, questions, run)
+    models.student.save_pretrained(run / "student")
+    models.tokenizer.save_pretrained(run / "student")
+    if models.judge is not None:
+        save_file(
+            {k: v.contiguous().clone() for k, v in models.judge.state_dict().items()}, run / "discriminator.safetensors"
+        )
+    result, rows = evaluate(models, task, splits["test"], "test")
+    result |= {"valid " + k: v for k, v in evaluate(models, task, splits["valid"], "valid")[0].items()}
+    write_atomically(run / "predictions.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    write_atomically(run / "result.json", json.dumps(result) + "\n")
+    print(" ".join(f"{key} {value:.3f}" for key, value in result.items()), run)
+    return result
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, on_signal)
+    signal.signal(signal.SIGTERM, on_signal)
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except Stopped:
+        print("Stopped; everything is saved, and the same command goes on from here.", file=sys.stderr)
+        sys.exit(128 + SIGNALS[0])

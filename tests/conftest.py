@@ -1,0 +1,21 @@
+"""Shared by the tests: the project on the path, a cache of their own, the real data where it is present."""
+
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+os.environ.setdefault("QCRD_CACHE", tempfile.mkdtemp(prefix="qcrd-tests-"))
+os.environ["HF_HUB_OFFLINE"] = "1"
+REAL_DATA = ROOT.parent / "shared" / "data"
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    if not REAL_DATA.is_dir():
+        pytest.skip("real data is missing: no ../shared/data beside the checkout")
+    return REAL_DATA

@@ -1,0 +1,146 @@
+"""One training step: the fast path against the obvious one, and who gets a gradient from what."""
+
+import random
+
+import pytest
+import torch
+
+import data
+import qcrd
+from qcrd import Models, Question, contrastive_loss, grid, rationale_loss, step_loss
+from tests.helpers import make_options, small_models
+
+
+def a_batch(seed: int = 0) -> tuple[list[Question], dict[str, str]]:
+    """Questions with 0 to 3 positives and 0 to 2 teacher negatives, and student negatives for some of them."""
+    rng = random.Random(seed)
+    questions, drawn = [], {}
+    for i in range(6):
+        story = data.random_story(rng)
+        example = data.Example(f"q{i}", story.input(), data.equation(story.start, story.changes()), (), story)
+        texts = list(dict.fromkeys(data.parse_output(data.TASKS["toy"], example, data.think(rng, story, 0.5))[0] for _ in range(8)))
+        pos, neg = [0, 1, 2, 3, 3, 1][i], [2, 0, 1, 2, 0, 1][i]
+        questions.append(Question(example, example.label, texts[:pos], texts[pos : pos + neg]))
+        if i % 2:
+            drawn[example.id] = texts[-1] + " extra"
+    return questions, drawn
+
+
+def slow_nll(models: Models, prefix: str, question: str, target: str) -> torch.Tensor:
+    """One sequence through the whole model, as transformers computes its loss."""
+    x = models.tokenizer(f"{prefix} {question}", return_tensors="pt").input_ids
+    y = models.tokenizer(target, return_tensors="pt").input_ids
+    return models.student(input_ids=x, labels=y).loss
+
+
+def slow_l_cl(models: Models, batch: list[Question], drawn: dict[str, str]) -> tuple[torch.Tensor, ...]:
+    """Every rationale with gradients, one call each, and the discriminator on all of them."""
+    sides = qcrd.candidates(batch, drawn, models.options)
+    nll, score = [], []
+    for side in sides:
+        owner = [i for i, _ in side]
+        losses = [slow_nll(models, "explain:", batch[i].example.input, text) for i, text in side]
+        nll.append(grid(torch.stack(losses), owner, len(batch)))
+        scores = [models.score_constant([batch[i]], [text])[0] for i, text in side] if models.judge else losses
+        score.append(grid(torch.stack(scores).detach(), owner, len(batch))[0] if models.judge else None)
+    (pos, pos_mask), (neg, neg_mask) = nll
+    o = models.options
+    return contrastive_loss(pos, pos_mask, neg, neg_mask, *score, o.beta, o.delta, o.scheme)
+
+
+def gradients(models: Models, loss: torch.Tensor) -> dict[str, torch.Tensor]:
+    models.student.zero_grad()
+    loss.backward()
+    return {n: p.grad.clone() for n, p in models.student.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("scheme", ["minmax", "maxmin", "mean", "wmean"])
+@pytest.mark.parametrize("judge", ["own", "none"])
+@pytest.mark.parametrize("delta", [3.0, 5.6])  # random weights give about 5.8 nats a token: all beyond, and some below
+def test_two_passes_give_the_loss_and_gradient_of_all_rationales_at_once(scheme, judge, delta):
+    models = small_models(make_options(scheme=scheme, judge=judge, delta=delta))
+    batch, drawn = a_batch()
+    states, mask = models.encode([torch.cat((torch.tensor(models.explain), torch.tensor(x))).numpy() for x in models.inputs([q.example.input for q in batch])])
+    fast = rationale_loss(models, batch, drawn, states, mask)
+    slow = slow_l_cl(models, batch, drawn)
+    for a, b in zip(fast, slow, strict=True):
+        assert a.item() == pytest.approx(b.item(), abs=1e-5)
+    fast_grad, slow_grad = gradients(models, fast[0]), gradients(models, slow[0])
+    assert fast_grad.keys() == slow_grad.keys()
+    for name, grad in slow_grad.items():
+        assert torch.allclose(fast_grad[name], grad, atol=1e-5), name
+
+
+def test_the_padded_batch_equals_a_loop_over_single_sequences():
+    models = small_models(make_options())
+    batch, _ = a_batch(1)
+    labels = [q.label for q in batch]
+    inputs = [models.tokenizer("predict: " + q.example.input).input_ids for q in batch]
+    states, mask = models.encode([torch.tensor(x).numpy() for x in inputs])
+    together = models.nll(states, mask, models.targets(labels))
+    alone = torch.stack([slow_nll(models, "predict:", q.example.input, q.label) for q in batch])
+    assert torch.allclose(together, alone, atol=1e-5)
+
+
+def test_the_prefix_is_tokenized_as_part_of_the_input():
+    models = small_models(make_options())
+    text = a_batch()[0][0].example.input
+    assert [*models.explain, *models.inputs([text])[0]] == models.tokenizer(f"explain: {text}").input_ids
+
+
+def test_l_cl_trains_the_student_and_not_the_discriminator():
+    models = small_models(make_options(alpha1=0.0))
+    batch, drawn = a_batch()
+    step_loss(models, batch, drawn, 0, judge_now=False)[0].backward()
+    assert all(p.grad is None for p in models.judge.parameters())
+    assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in models.student.parameters())
+
+
+@pytest.mark.parametrize(("judge", "trains_encoder"), [("own", False), ("frozen", False), ("shared", True)])
+def test_only_a_shared_encoder_lets_l_d_shape_the_student(judge, trains_encoder):
+    models = small_models(make_options(judge=judge, alpha1=0.0, alpha2=0.0))
+    batch, drawn = a_batch()
+    step_loss(models, batch, drawn, 0, judge_now=True)[0].backward()
+    encoder = [p.grad.abs().sum().item() if p.grad is not None else 0 for p in models.student.get_encoder().parameters()]
+    assert (sum(encoder) > 0) == trains_encoder
+    assert sum(p.grad.abs().sum().item() for p in models.judge.mlp.parameters()) > 0
+
+
+def nlls(models: Models, question: Question, texts: list[str]) -> list[float]:
+    with torch.no_grad():
+        return [slow_nll(models, "explain:", question.example.input, text).item() for text in texts]
+
+
+def test_after_a_step_the_chosen_positive_is_likelier_and_a_negative_below_the_margin_less_likely():
+    models = small_models(make_options(alpha1=0.0, delta=20.0, beta=2.0, judge="none"))
+    question = a_batch()[0][2]
+    optimizer = torch.optim.SGD(models.student.parameters(), 0.01)
+    texts = [*question.positives, *question.negatives]
+    before = nlls(models, question, texts)
+    chosen = before.index(min(before[:2]))
+    step_loss(models, [question], {}, 0, judge_now=False)[0].backward()
+    optimizer.step()
+    after = nlls(models, question, texts)
+    assert after[2] > before[2] or after[chosen] < before[chosen]  # both pull at shared words; at least one shows here
+    for side, sign in (({"beta": 0.0}, -1), ({"alpha2": 1.0}, 1)):
+        models = small_models(make_options(alpha1=0.0, delta=20.0, judge="none", **side))
+        lone = Question(question.example, question.label, question.positives if sign < 0 else [], question.negatives)
+        step_loss(models, [lone], {}, 0, judge_now=False)[0].backward()
+        torch.optim.SGD(models.student.parameters(), 0.01).step()
+        after, at = nlls(models, question, texts), chosen if sign < 0 else 2
+        assert sign * (after[at] - before[at]) > 0
+
+
+def test_a_negative_beyond_the_margin_gives_the_student_no_gradient():
+    models = small_models(make_options(alpha1=0.0, delta=0.1))
+    question = a_batch()[0][2]
+    lone = Question(question.example, question.label, [], question.negatives)
+    loss, _ = step_loss(models, [lone], {}, 0, judge_now=False)
+    loss.backward()
+    assert sum(p.grad.abs().sum().item() for p in models.student.parameters() if p.grad is not None) == 0
+
+
+def test_grid_lays_values_out_by_question():
+    values, mask = grid(torch.tensor([1.0, 2.0, 3.0]), [0, 2, 0], 3)
+    assert values.tolist() == [[1, 3], [0, 0], [2, 0]]
+    assert mask.tolist() == [[True, True], [False, False], [True, False]]
