@@ -14,10 +14,12 @@ import math
 import os
 import random
 import re
+import shutil
 import signal
 import sys
 import time
 import zlib
+from collections import Counter
 from collections.abc import Hashable, Sequence
 from contextlib import nullcontext
 from copy import deepcopy
@@ -79,17 +81,19 @@ class MethodOptions:
     mi_weight: float = option(0.1, "weight of the mutual-information term of mi")
     judge: Literal["own", "frozen", "shared", "none"] = option("own", "the discriminator's encoder: a trained copy, a frozen one, the student's own; none: no quality weights")  # fmt: skip
     judge_loss: Literal["paper", "bce"] = option("bce", "eq. 2, or binary cross-entropy")
-    judge_lr: float | None = option(None, "the discriminator's learning rate (default 5e-5; tiny 5e-4)")
-    judge_steps: int = option(500, "of the discriminator's pretraining, at most")
+    judge_lr: float | None = option(None, "the discriminator's learning rate (default 5e-5; tiny 1e-3)")
+    judge_steps: int | None = option(
+        None, "of the discriminator's pretraining (default 500, the paper's most; tiny 300)"
+    )
     judge_every: int = option(4, "steps between two updates of the discriminator")
 
 
 @dataclass
 class TrainOptions:
     student: str = option("tiny", "tiny, or a seq2seq model: a Hugging Face name or a folder")
-    rounds: int | None = option(None, "the paper's iterations (default: as many as make 10,000 steps; tiny 16)")
-    round_steps: int | None = option(None, "steps in a round (default: one pass over the training set)")
-    batch_size: int | None = option(None, "questions a step (default 64; tiny 32)")
+    rounds: int | None = option(None, "the paper's iterations (default: as many as make 10,000 steps; tiny 12)")
+    round_steps: int | None = option(None, "steps in a round (default: one pass over the training set; tiny 100)")
+    batch_size: int | None = option(None, "questions a step (default 64; tiny 16)")
     grad_accum: int = option(1, "parts in which a batch is computed, to save memory")
     lr: float | None = option(None, "AdamW's learning rate, falling linearly to 0 (default 5e-5; tiny 3e-3)")
     max_input: int = option(1024, "tokens at which inputs are cut")
@@ -107,12 +111,12 @@ class Options(TrainOptions, MethodOptions, TaskOptions):
     """All options; TINY fills the open ones for the built-in student, PUBLISHED for any other."""
 
 
-PUBLISHED = {"batch_size": 64, "lr": 5e-5, "judge_lr": 5e-5}  # DSS, arXiv 2305.02301
-TINY = {"batch_size": 32, "lr": 3e-3, "judge_lr": 5e-4, "rounds": 16}
+PUBLISHED = {"batch_size": 64, "lr": 5e-5, "judge_lr": 5e-5, "judge_steps": 500}  # DSS, arXiv 2305.02301
+TINY = {"batch_size": 16, "lr": 3e-3, "judge_lr": 1e-3, "judge_steps": 300, "rounds": 12, "round_steps": 100}
 PUBLISHED_STEPS = 10_000
 ALPHA3_DECAY = 0.9
 WARMUP = 50  # steps in which the learning rate rises
-WRITE_BATCH = 128  # questions answered at once
+WRITE_BATCH = 512  # questions answered at once
 LABEL_TOKENS = 64
 ANSWER_MARK = "So the answer is"  # between rationale and label in the single-task target
 
@@ -261,41 +265,37 @@ class Question:
 
 def vote(task: Task, examples: list[Example], samples: dict[str, list[Sample]], options: Options) -> list[Question]:
     """Turn each question's samples into positives and negatives, and print what the vote did."""
-    counts = {"samples": 0, "positives": 0, "negatives": 0, "right": 0, "voted": 0}
-    teachers: dict[str, list[int]] = {}  # samples, parsed, right
-    questions = []
+    questions, tally = [], Counter()
     for number, example in enumerate(examples):
         own = samples.get(example.id, [])
         winner, pos, neg = self_consistency([task.key(sample.answer) for sample in own])
+        positives = list(dict.fromkeys(own[i].rationale for i in pos if own[i].rationale))
+        negatives = list(dict.fromkeys(own[i].rationale for i in neg if own[i].rationale))
+        tally += Counter(positives=len(positives), negatives=len(negatives), voted=len(pos) > 0)
+        tally["right"] += winner is not None and winner == task.key(example.label)
         for sample in own:
-            row = teachers.setdefault(sample.teacher, [0, 0, 0])
-            row[0] += 1
-            row[1] += task.key(sample.answer) is not None
-            row[2] += task.correct(sample.answer, example)
-        positives = [own[i].rationale for i in pos if own[i].rationale]
-        negatives = [own[i].rationale for i in neg if own[i].rationale]
-        counts["samples"] += len(own)
-        counts["positives"] += len(positives)
-        counts["negatives"] += len(negatives)
-        counts["voted"] += winner is not None
-        counts["right"] += winner is not None and winner == task.key(example.label)
-        if options.method in ("single", "dss", "mi") or options.positives == "one":  # one rationale, no vote
+            parsed, right = task.key(sample.answer) is not None, task.correct(sample.answer, example)
+            tally += Counter({"samples": 1, ("of", sample.teacher): 1})
+            tally[("parsed", sample.teacher)] += parsed
+            tally[("right", sample.teacher)] += right
+        if options.method in ("single", "dss", "mi") or options.positives == "one":
             positives = [sample.rationale for sample in own if sample.rationale][:1]
-        voted_label = own[pos[0]].answer if pos else None
-        label = example.label if options.labels == "gold" else voted_label or ""
-        if label and options.method == "single":
-            label = f"{positives[0]} {ANSWER_MARK} {label}" if positives else f"{ANSWER_MARK} {label}"
-        if label:  # without gold labels a question without a vote teaches nothing
-            questions.append(
-                Question(
-                    example, label, list(dict.fromkeys(positives)), list(dict.fromkeys(negatives)), number % 10 == 9
-                )
-            )
-    print(f"{len(examples)} questions, {counts['samples'] / len(examples):.2f} samples each: {counts['positives'] / len(examples):.2f} positives, {counts['negatives'] / len(examples):.2f} negatives; voted answer right for {counts['right'] / max(1, counts['voted']):.1%} of {counts['voted']}")  # fmt: skip
-    for teacher, (total, parsed, right) in sorted(teachers.items()):
+        label = example.label if options.labels == "gold" else own[pos[0]].answer if pos else None
+        if label is not None and options.method == "single":
+            label = " ".join([*positives, ANSWER_MARK, label])
+        if label is not None:  # without a gold label a question without a vote teaches nothing
+            questions.append(Question(example, label, positives, negatives, held_out=number % 10 == 9))
+    if not questions:
+        raise UserError("no training question has a label: --labels teacher needs samples with answers that parse.")
+    if samples:
+        mean = {name: tally[name] / len(examples) for name in ("samples", "positives", "negatives")}
         print(
-            f"  {teacher}: {total} samples, {total - parsed} unparsable, {right / max(1, parsed):.1%} of the parsed right"
+            f"{len(examples)} questions; a question has on average", ", ".join(f"{v:.2f} {k}" for k, v in mean.items())
         )
+        print(f"voted answer: {tally['right'] / max(1, tally['voted']):.1%} of {tally['voted']} right")
+    for teacher in sorted({sample.teacher for own in samples.values() for sample in own}):
+        of, parsed, right = (tally[(name, teacher)] for name in ("of", "parsed", "right"))
+        print(f"  {teacher}: {of} samples, {of - parsed} unparsable, {right / max(1, parsed):.1%} of the parsed right")
     return questions
 
 
@@ -468,6 +468,11 @@ def rationale_loss(
     return pull + (value - pull).detach(), pos_term.detach(), neg_term.detach()
 
 
+def judge_batch(options: Options) -> int:
+    """Questions in a batch of the discriminator, which reads all their rationales: about a batch of the student's."""
+    return max(1, options.batch_size // 2)
+
+
 def judge_step_loss(
     models: Models, batch: list[Question], pos: list[tuple[int, str]], neg: list[tuple[int, str]]
 ) -> tuple[Tensor, Tensor]:
@@ -519,7 +524,8 @@ def step_loss(
     sums |= {"positive": pos_term.item() * n, "negative": neg_term.item() * n}
     sums |= {"no positive": n - len({i for i, _ in pos}), "no negative": n - len({i for i, _ in neg})}
     if judge_now and models.judge is not None:
-        pos, neg = ([(i, text) for i, text in side if not batch[i].held_out] for side in (pos, neg))
+        few = judge_batch(options)
+        pos, neg = ([(i, text) for i, text in side if i < few and not batch[i].held_out] for side in (pos, neg))
         if pos or neg:
             l_d, score = judge_step_loss(models, batch, pos, neg)
             teacher = [len(pos) + at for at, (i, text) in enumerate(neg) if text in batch[i].negatives]
@@ -560,6 +566,7 @@ def generate(
             for j, text in zip(at, models.tokenizer.batch_decode(output, skip_special_tokens=True), strict=True):
                 texts[j] = text.strip()
             bar.update(len(at))
+            guard.stop_if_asked()
     models.student.train()
     return texts
 
@@ -639,7 +646,7 @@ def pretrain_judge(models: Models, questions: list[Question], optimizer: torch.o
     words = [word for q in known[:1000] for word in q.positives[0].split()]
     torch.manual_seed(step_seed(options.seed, 0, "judge"))
     for _ in tqdm(range(options.judge_steps if known else 0), desc="discriminator", unit="step", leave=False):
-        batch = rng.sample(known, min(options.batch_size, len(known)))
+        batch = rng.sample(known, min(judge_batch(options), len(known)))
         pos = [(i, text) for i, q in enumerate(batch) for text in q.positives]
         neg = [(i, text) for i, q in enumerate(batch) for text in q.negatives]
         for i, q in enumerate(batch):
@@ -648,7 +655,7 @@ def pretrain_judge(models: Models, questions: list[Question], optimizer: torch.o
         optimizer.zero_grad()
         judge_step_loss(models, batch, pos, neg)[0].backward()
         clip_and_step(optimizer)
-        stop_if_asked()
+        guard.stop_if_asked()
 
 
 def judge_auc(models: Models, questions: list[Question]) -> float:
@@ -671,22 +678,33 @@ def judge_auc(models: Models, questions: list[Question]) -> float:
 # Checkpoints, seeds and signals
 
 
-class Stopped(Exception):
+class Stopped(KeyboardInterrupt):
     """SIGINT or SIGTERM came; everything up to the last checkpoint is safe."""
 
 
-SIGNALS: list[int] = []
+class Signals:
+    """Ends the program at once, or, inside `with guard:`, where `stop_if_asked` finds nothing half done."""
+
+    came: int | None = None
+    guarded = False
+
+    def __call__(self, number: int, _: Any) -> None:
+        again, self.came = self.came, number
+        if not self.guarded or again:
+            raise Stopped
+
+    def __enter__(self) -> None:
+        self.guarded = True
+
+    def __exit__(self, *_: object) -> None:
+        self.guarded = False
+
+    def stop_if_asked(self) -> None:
+        if self.came:
+            raise Stopped
 
 
-def on_signal(number: int, _: Any) -> None:
-    SIGNALS.append(number)
-    if len(SIGNALS) > 1:
-        raise KeyboardInterrupt
-
-
-def stop_if_asked() -> None:
-    if SIGNALS:
-        raise Stopped
+guard = Signals()
 
 
 def step_seed(seed: int, step: int, what: str) -> int:
@@ -743,7 +761,7 @@ def load_checkpoint(run: Path, models: Models, optimizers: dict[str, torch.optim
         try:
             with safe_open(run / name, "pt") as file:
                 progress = json.loads(file.metadata()["progress"])
-                saved = {key: file.get_tensor(key) for key in file.keys()}
+                saved = {key: file.get_tensor(key) for key in list(file.keys())}
         except (SafetensorError, OSError, ValueError) as error:
             print(f"{run / name} is damaged ({first_line(error)}); going back to the one before.")
             continue
@@ -834,10 +852,10 @@ def train(models: Models, questions: list[Question], run: Path) -> list[dict[str
                 train_step(models, optimizers, batch, drawn, round_, progress, total)
                 bar.update()
                 progress["seconds"] += time.monotonic() - began
-                if SIGNALS or time.monotonic() - saved > 60 * options.save_minutes:
+                if guard.came or time.monotonic() - saved > 60 * options.save_minutes:
                     save_checkpoint(run, models, optimizers, progress)
                     saved = time.monotonic()
-                    stop_if_asked()
+                    guard.stop_if_asked()
             line = round_line(models, questions, round_, progress)
             tqdm.write(" ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in line.items()))
             progress["rounds"].append(line)
@@ -957,14 +975,36 @@ def parse_options(argv: Sequence[str] | None = None) -> Options:
     return options
 
 
-def run_directory(options: Options) -> Path:
+def open_run(options: Options) -> Path:
+    """The run directory, ready for this run: new, or left unfinished by one with the same options."""
     student = re.sub(r"[^\w.-]+", "-", options.student).strip("-")
-    return Path(options.out or f"runs/{Path(options.task).stem}-{student}-{options.method}-s{options.seed}")
+    run = Path(options.out or f"runs/{Path(options.task).stem}-{student}-{options.method}-s{options.seed}")
+    config = run / "config.json"
+    wanted = {
+        k: v
+        for k, v in asdict(options).items()
+        if k not in ("out", "overwrite", "save_minutes", "device", "api_concurrency")
+    }
+    try:
+        if options.overwrite and config.exists():
+            shutil.rmtree(run)
+        if config.exists():
+            there = json.loads(config.read_text(encoding="utf-8"))
+            other = [k for k in wanted if wanted[k] != there.get(k)]
+            if other:
+                names = ", ".join(f"--{k.replace('_', '-')} {there.get(k)}" for k in other)
+                raise UserError(
+                    f"{run} holds a run with other options ({names}): use --out, or --overwrite to start afresh."
+                )
+        (run / "negatives").mkdir(parents=True, exist_ok=True)
+        write_atomically(config, json.dumps(wanted, indent=2) + "\n")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{run} cannot be used as a run directory ({first_line(error)}): name another with --out.")
+    return run
 
 
-def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    options = parse_options(argv)
-    run = run_directory(options)
+def prepare(options: Options) -> tuple[Task, dict[str, list[Example]], list[Question]]:
+    """The task's splits and its voted questions; settles how long a round and the run are."""
     task, splits = data.load_task(options.task, options.data, options.train_size)
     samples = {}
     if options.method != "finetune" or options.labels == "teacher":
@@ -972,32 +1012,48 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     questions = vote(task, splits["train"], samples, options)
     options.round_steps = options.round_steps or math.ceil(len(questions) / options.batch_size)
     options.rounds = options.rounds or math.ceil(PUBLISHED_STEPS / options.round_steps)
-    (run / "negatives").mkdir(parents=True, exist_ok=True)
-    write_atomically(run / "config.json", json.dumps(asdict(options), indent=2) + "\n")
-    models = load_models(options)
-    train(models, questions, run)
+    return task, splits, questions
+
+
+def finish(models: Models, task: Task, splits: dict[str, list[Example]], run: Path) -> dict[str, float]:
+    """Save the student and the discriminator, and score the student on the validation and test splits."""
     models.student.save_pretrained(run / "student")
     models.tokenizer.save_pretrained(run / "student")
     if models.judge is not None:
-        save_file(
-            {k: v.contiguous().clone() for k, v in models.judge.state_dict().items()}, run / "discriminator.safetensors"
-        )
+        state = {k: v.contiguous().clone() for k, v in models.judge.state_dict().items()}
+        save_file(state, run / "discriminator.safetensors")
+    valid, _ = evaluate(models, task, splits["valid"], "validation")
     result, rows = evaluate(models, task, splits["test"], "test")
-    result |= {"valid " + k: v for k, v in evaluate(models, task, splits["valid"], "valid")[0].items()}
+    result |= {f"validation {key}": value for key, value in valid.items()}
     write_atomically(run / "predictions.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-    write_atomically(run / "result.json", json.dumps(result) + "\n")
-    print(" ".join(f"{key} {value:.3f}" for key, value in result.items()), run)
+    return result
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, float]:
+    """Run the command line; the test figures."""
+    options = parse_options(argv)
+    run = open_run(options)
+    if not (run / "result.json").exists():
+        task, splits, questions = prepare(options)
+        models = load_models(options)
+        with guard:
+            auc = train(models, questions, run)[-1].get("D auc")
+        result = finish(models, task, splits, run) | ({} if auc is None else {"D auc": auc})
+        write_atomically(run / "result.json", json.dumps(result) + "\n")
+    result = json.loads((run / "result.json").read_text(encoding="utf-8"))
+    print(", ".join(f"{key} {value:.3f}" for key, value in result.items()))
+    print(f"Everything is in {run}/")
     return result
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, on_signal)
-    signal.signal(signal.SIGTERM, on_signal)
+    signal.signal(signal.SIGINT, guard)
+    signal.signal(signal.SIGTERM, guard)
     try:
         main()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except Stopped:
-        print("Stopped; everything is saved, and the same command goes on from here.", file=sys.stderr)
-        sys.exit(128 + SIGNALS[0])
+    except KeyboardInterrupt:
+        print("Stopped. What was done is saved; the same command goes on from there.", file=sys.stderr)
+        sys.exit(128 + (guard.came or signal.SIGINT))

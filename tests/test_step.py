@@ -16,9 +16,13 @@ def a_batch(seed: int = 0) -> tuple[list[Question], dict[str, str]]:
     rng = random.Random(seed)
     questions, drawn = [], {}
     for i in range(6):
-        story = data.random_story(rng)
+        story = data.toy_story(rng)
         example = data.Example(f"q{i}", story.input(), data.equation(story.start, story.changes()), (), story)
-        texts = list(dict.fromkeys(data.parse_output(data.TASKS["toy"], example, data.think(rng, story, 0.5))[0] for _ in range(8)))
+        texts = list(
+            dict.fromkeys(
+                data.parse_output(data.TASKS["toy"], example, data.think(rng, story, 0.5))[0] for _ in range(8)
+            )
+        )
         pos, neg = [0, 1, 2, 3, 3, 1][i], [2, 0, 1, 2, 0, 1][i]
         questions.append(Question(example, example.label, texts[:pos], texts[pos : pos + neg]))
         if i % 2:
@@ -60,7 +64,12 @@ def gradients(models: Models, loss: torch.Tensor) -> dict[str, torch.Tensor]:
 def test_two_passes_give_the_loss_and_gradient_of_all_rationales_at_once(scheme, judge, delta):
     models = small_models(make_options(scheme=scheme, judge=judge, delta=delta))
     batch, drawn = a_batch()
-    states, mask = models.encode([torch.cat((torch.tensor(models.explain), torch.tensor(x))).numpy() for x in models.inputs([q.example.input for q in batch])])
+    states, mask = models.encode(
+        [
+            torch.cat((torch.tensor(models.explain), torch.tensor(x))).numpy()
+            for x in models.inputs([q.example.input for q in batch])
+        ]
+    )
     fast = rationale_loss(models, batch, drawn, states, mask)
     slow = slow_l_cl(models, batch, drawn)
     for a, b in zip(fast, slow, strict=True):
@@ -101,7 +110,9 @@ def test_only_a_shared_encoder_lets_l_d_shape_the_student(judge, trains_encoder)
     models = small_models(make_options(judge=judge, alpha1=0.0, alpha2=0.0))
     batch, drawn = a_batch()
     step_loss(models, batch, drawn, 0, judge_now=True)[0].backward()
-    encoder = [p.grad.abs().sum().item() if p.grad is not None else 0 for p in models.student.get_encoder().parameters()]
+    encoder = [
+        p.grad.abs().sum().item() if p.grad is not None else 0 for p in models.student.get_encoder().parameters()
+    ]
     assert (sum(encoder) > 0) == trains_encoder
     assert sum(p.grad.abs().sum().item() for p in models.judge.mlp.parameters()) > 0
 

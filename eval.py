@@ -1,0 +1,240 @@
+"""Score runs, rerun the paper's tables, draw its pictures, and let a judge compare rationales.
+
+python eval.py runs/toy-tiny-qcrd-s0                            # score a run, or any Hugging Face folder
+python eval.py --study ablation --seeds 5                       # a table of the paper: runs what is missing
+python eval.py --plot runs/toy-tiny-qcrd-s0                     # training curves and density of D's scores
+python eval.py runs/A runs/B --judge api:MODEL                  # whose rationales are better?
+"""
+
+import csv
+import json
+import math
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+import data
+import qcrd
+from data import UserError
+
+
+@dataclass
+class Options:
+    runs: list[str] = field(default_factory=list, metadata={"help": "run directories or Hugging Face folders"})
+    task: str = qcrd.option("toy", "as in qcrd.py; a run directory knows its own")
+    data: str = qcrd.option(data.DSS_ZIP, "as in qcrd.py")
+    student: str = qcrd.option("tiny", "of a study, as in qcrd.py")
+    study: str | None = qcrd.option(None, "methods, ablation, schemes, negatives, judge, labels or size")
+    seeds: int = qcrd.option(5, "seeds of a study: 0, 1, ...")
+    jobs: int = qcrd.option(2, "runs of a study side by side")
+    options: str = qcrd.option("", 'further options for each run of a study, such as "--rounds 10"')
+    plot: bool = qcrd.option(False, "draw the pictures of the runs, or of a study of sizes")
+    judge: str | None = qcrd.option(None, "a teacher that compares the rationales of two runs: a model or api:MODEL")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Studies: a table of the paper is a list of rows, and a row is a set of options
+
+STUDIES: dict[str, dict[str, str]] = {
+    "methods": {name: f"--method {name}" for name in ("finetune", "single", "dss", "mi", "qcrd")},
+    "ablation": {
+        "dss": "--method dss",
+        "+ several denoised positives (ED)": "--negatives none --judge none",
+        "+ negatives (NK)": "--judge none",
+        "+ quality judge (QJ): qcrd": "",
+    },
+    "schemes": {name: f"--scheme {name}" for name in ("minmax", "maxmin", "sampling", "mean", "wmean")},
+    "negatives": {
+        **{f"student, j = {j}": f"--lag {j}" for j in (3, 5, 10)},
+        "fixed dss student": "--negatives fixed",
+        "teacher's minority only (SC)": "--negatives teacher",
+    },
+    "judge": {f"{e}, {loss}": f"--judge {e} --judge-loss {loss}" for e in ("own", "frozen", "shared") for loss in ("paper", "bce")},
+    "labels": {name: f"--method {name} --labels teacher" for name in ("dss", "mi", "qcrd")},
+    "size": {f"{m}, {s:.0%}": f"--method {m} --train-size {s}" for s in (0.25, 0.5, 0.75, 1.0) for m in ("dss", "qcrd")},
+}  # fmt: skip
+
+# The paper's own figures (T5-base and T5-small), shown beside ours where task and student are the paper's.
+PAPER: dict[tuple[str, str], dict[str, dict[str, float]]] = {
+    ("methods", "t5-base"): {
+        "finetune": {"svamp": 63.0, "cqa": 62.19, "anli": 43.58, "esnli": 88.38},
+        "single": {"svamp": 59.0, "cqa": 63.11, "anli": 47.90, "esnli": 88.77},
+        "dss": {"svamp": 65.5, "cqa": 63.23, "anli": 52.80, "esnli": 90.09},
+        "mi": {"svamp": 67.5, "cqa": 63.50, "anli": 54.20, "esnli": 90.15},
+        "qcrd": {"svamp": 69.0, "cqa": 63.64, "anli": 54.00, "esnli": 90.26},
+    },
+    ("methods", "t5-small"): {
+        "finetune": {"svamp": 45.0, "cqa": 43.16, "anli": 42.0, "esnli": 82.90},
+        "single": {"svamp": 46.5, "cqa": 44.98, "anli": 42.5, "esnli": 83.67},
+        "dss": {"svamp": 48.0, "cqa": 45.21, "anli": 42.8, "esnli": 84.23},
+        "mi": {"svamp": 47.0, "cqa": 45.49, "anli": 42.1, "esnli": 83.55},
+        "qcrd": {"svamp": 50.5, "cqa": 46.11, "anli": 44.1, "esnli": 85.30},
+    },
+    ("labels", "t5-base"): {
+        "dss": {"cqa": 59.15, "anli": 44.10, "esnli": 74.88},
+        "mi": {"cqa": 59.22, "anli": 45.90, "esnli": 74.67},
+        "qcrd": {"cqa": 59.80, "anli": 46.70, "esnli": 74.88},
+    },
+    ("ablation", "t5-base"): dict(
+        zip(STUDIES["ablation"], ({"svamp": figure} for figure in (65.5, 67.0, 68.5, 69.0)), strict=True)
+    ),
+    ("schemes", "t5-base"): dict(
+        zip(STUDIES["schemes"], ({"svamp": figure} for figure in (69.0, 67.0, 66.5, 65.0, 66.0)), strict=True)
+    ),
+    ("negatives", "t5-base"): dict(
+        zip(STUDIES["negatives"], ({"svamp": figure} for figure in (68.0, 69.0, 68.5, 66.5, 64.5)), strict=True)
+    ),
+    ("size", "t5-base"): {
+        row: {"svamp": svamp, "cqa": cqa, "anli": anli, "esnli": esnli}
+        for row, svamp, cqa, anli, esnli in zip(
+            STUDIES["size"],
+            (34, 35.5, 47, 49, 61, 62, 65.5, 69.0),
+            (57.08, 57.17, 60.93, 60.85, 62.16, 62.34, 63.23, 63.64),
+            (45.6, 47.1, 47.8, 48.4, 51.6, 52.9, 52.8, 54.0),
+            (90.22, 90.22, 90.19, 90.22, 90.11, 90.21, 90.09, 90.26),
+            strict=True,
+        )
+    },
+}
+# Student's t at 97.5% for 1, 2, ... degrees of freedom; beyond the table the normal's 1.96.
+T_975 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14, 2.13)
+
+
+def run_path(options: Options, row: str, seed: int) -> Path:
+    """Where a run of a study lives: named by its options, so that studies share the runs they have in common."""
+    words = re.sub(r"[^\w.]+", "-", f"{options.student} {options.options} {row}".replace("--", "")).strip("-")
+    return Path("runs") / "studies" / Path(options.task).stem / f"{words}-s{seed}"
+
+
+def run_missing(options: Options, rows: dict[str, str]) -> None:
+    """Train every row and seed that has no result yet, `jobs` at a time, each on its share of the cores."""
+    # a fixed student's run needs the dss run of its seed, so dss runs come first
+    missing = [
+        (row, seed) for row in sorted(set(rows.values()), key=lambda r: "dss" not in r) for seed in range(options.seeds)
+    ]
+    missing = [(row, seed) for row, seed in missing if not (run_path(options, row, seed) / "result.json").exists()]
+    threads = str(max(1, (os.cpu_count() or 1) // options.jobs))
+
+    def one(row: str, seed: int) -> None:
+        out = run_path(options, row, seed)
+        out.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, str(Path(qcrd.__file__)), "--task", options.task, "--student", options.student,
+                   "--data", options.data, "--seed", str(seed), "--out", str(out),
+                   *shlex.split(options.options), *shlex.split(row)]  # fmt: skip
+        with (out / "log.txt").open("w") as log:
+            code = subprocess.run(
+                command, stdout=log, stderr=subprocess.STDOUT, env=os.environ | {"OMP_NUM_THREADS": threads}
+            ).returncode
+        if code:
+            raise UserError(
+                f"{shlex.join(command)} ended with code {code}: {out / 'log.txt'} tells why; the study goes on from there."
+            )
+
+    pool = ThreadPoolExecutor(options.jobs)
+    try:
+        futures = [pool.submit(one, row, seed) for row, seed in missing]
+        for future in tqdm(as_completed(futures), total=len(futures), desc=f"study {options.study}", unit="run"):
+            future.result()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def summary(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and standard error of the mean, in points."""
+    points = 100 * np.array(values)
+    return float(points.mean()), float(points.std(ddof=1) / math.sqrt(len(points))) if len(points) > 1 else math.nan
+
+
+def study(options: Options) -> list[dict[str, Any]]:
+    """Run a study and write its table to runs/studies/ as Markdown and CSV."""
+    rows = STUDIES[options.study]
+    baseline = "--method dss --labels teacher" if options.study == "labels" else "--method dss"
+    run_missing(options, rows | {"": baseline})
+    results = {
+        row: [json.loads((run_path(options, row, s) / "result.json").read_text()) for s in range(options.seeds)]
+        for row in {*rows.values(), baseline}
+    }
+    table = []
+    for name, row in rows.items():
+        mean, error = summary([r["accuracy"] for r in results[row]])
+        line: dict[str, Any] = {options.study: name, "accuracy": f"{mean:.1f} ± {error:.1f}"}
+        if "validity" in results[row][0]:
+            line["validity"] = "{:.1f} ± {:.1f}".format(*summary([r["validity"] for r in results[row]]))
+        gain, gain_error = summary(
+            [a["accuracy"] - b["accuracy"] for a, b in zip(results[row], results[baseline], strict=True)]
+        )
+        half = gain_error * (T_975[options.seeds - 2] if 2 <= options.seeds <= len(T_975) + 1 else 1.96)
+        line["difference to dss, 95%"] = (
+            "" if row == baseline else f"{gain:+.1f} [{gain - half:+.1f}, {gain + half:+.1f}]"
+        )
+        paper = PAPER.get((options.study, options.student), {}).get(name, {}).get(options.task)
+        if paper is not None:
+            line["paper"] = paper
+        table.append(line)
+    write_table(
+        table, Path("runs") / "studies" / f"{options.study}-{Path(options.task).stem}-{Path(options.student).name}"
+    )
+    return table
+
+
+def write_table(table: list[dict[str, Any]], path: Path) -> None:
+    columns = list(dict.fromkeys(key for line in table for key in line))
+    rows = [columns, ["---"] * len(columns), *([str(line.get(c, "")) for c in columns] for line in table)]
+    markdown = "".join(f"| {' | '.join(row)} |\n" for row in rows)
+    path.with_suffix(".md").write_text(markdown, encoding="utf-8")
+    with path.with_suffix(".csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(table)
+    print(markdown + f"Written to {path}.md and .csv")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Scoring
+
+
+def open_run(folder: str, options: Options) -> tuple[qcrd.Models, data.Task, dict[str, list[data.Example]]]:
+    """The models of a run directory or Hugging Face folder, and the task with its splits."""
+    path = Path(folder)
+    config: dict[str, Any] = {"student": folder, "task": options.task, "data": options.data, "judge": "none"}
+    if (path / "config.json").exists() and (path / "student").is_dir():
+        config = json.loads((path / "config.json").read_text()) | {"student": str(path / "student")}
+    run_options = qcrd.fill_in(qcrd.Options(**config))
+    models = qcrd.load_models(run_options)
+    if models.judge is not None:
+        models.judge.load_state_dict(qcrd.load_file(path / "discriminator.safetensors"))
+    task, splits = data.load_task(run_options.task, run_options.data)
+    return models, task, splits
+
+
+def distinct_2(texts: Sequence[str]) -> float:
+    """Distinct word pairs over all word pairs of the texts."""
+    pairs = Counter(pair for text in texts for pair in zip(text.split(), text.split()[1:]))
+    return len(pairs) / max(1, sum(pairs.values()))
+
+
+def score(folder: str, options: Options) -> dict[str, float]:
+    """Label accuracy on the test split, and of the rationales: validity, distinct-2 and mean D score; rows are saved."""
+    models, task, splits = open_run(folder, options)
+    result, rows = qcrd.evaluate(models, task, splits["test"], "test")
+    texts = [row["rationale"] for row in rows if "rationale" in row]
+    if texts:
+        result["distinct-2"] = distinct_2(texts)
+    if texts and models.judge is not None:
+        questions = [qcrd.Question(example, example.label, [], []) for example in splits["test"]]
+        scores = models.score_constant(questions, texts)
+        result["mean D score"] = scores.mean().item()
+    qcrd.write_atomically(Path(folder) / "predictions.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    print(f"{folder}: " + ", ".join(f"{key} {value:.3f}" for key, value in result.items()))
+    return result

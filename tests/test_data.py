@@ -1,0 +1,166 @@
+"""Tasks, the toy and its exact check, parsing, the cache."""
+
+import random
+from collections import Counter
+
+import numpy as np
+import pytest
+
+import data
+from data import TASKS, Example, UserError, equation_value, parse_output
+from tests.helpers import make_options
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("( ( 7 + 5 ) - 2 )", 10), ("84 / 2", 42), ("( 84.0 / 2.0 )", 42), ("-3 + 5", 2), ("42", 42), ("2 * (3 + 4)", 14)],
+)
+def test_equations_have_values(text, value):
+    assert equation_value(text) == value
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "1/0", "9**9**9", "__import__('os')", "(" * 10_000, "(" * 90 + ")" * 90, "7x = 14", "1 2", "1e9", "9" * 201, "()", "2(3)", "1,2"],
+)  # fmt: skip
+def test_anything_else_has_none(text):
+    assert equation_value(text) is None
+
+
+def test_toy_splits_share_no_story_and_are_the_same_every_time():
+    splits, again = data.toy_splits(), data.toy_splits()
+    inputs = [e.input for split in splits.values() for e in split]
+    assert len(inputs) == len(set(inputs)) == sum(data.TOY_SIZES.values())
+    assert splits == again
+    assert len(splits["test"]) == 1000
+
+
+def test_labels_steps_and_events_agree():
+    for example in data.toy_splits()["valid"]:
+        story = example.story
+        count = story.start
+        for event in story.events:
+            if event.thing == story.thing and story.person in (event.who, event.to):
+                up = event.verb in ("bought", "found") or story.person == event.to
+                count += event.n if up else -event.n
+        assert equation_value(example.label) == count == data.follow(story.start, story.changes())[-1].c
+
+
+STORY = data.Story("Anna", "apples", 7, (data.Event("Anna", "bought", 5, "apples"), data.Event("Ben", "found", 3, "apples"), data.Event("Anna", "gave", 2, "apples", "Ben")))  # fmt: skip
+EXAMPLE = Example("q", STORY.input(), "( ( 7 + 5 ) - 2 )", (), STORY)
+
+
+@pytest.mark.parametrize(
+    ("rationale", "valid"),
+    [
+        ("Anna had 7 apples. 7 + 5 = 12. 12 - 2 = 10. So 10.", True),
+        ("7 + 5 = 12. 12 - 2 = 10. So 12.", False),  # ends elsewhere
+        ("7 + 5 = 12. 12 - 2 = 9. So 9.", False),  # a sum is wrong
+        ("7 - 2 = 5. 5 + 5 = 10. So 10.", False),  # out of order
+        ("7 + 5 = 12. So 10.", False),  # a step left out
+        ("7 + 5 = 12. 12 + 3 = 15. 15 - 2 = 13. So 13.", False),  # a step too many
+        ("It is 10.", False),
+        ("", False),
+    ],
+)
+def test_the_exact_check(rationale, valid):
+    assert data.is_valid(EXAMPLE, rationale) is valid
+
+
+def test_a_right_teacher_is_always_valid_and_a_wrong_one_never():
+    rng = random.Random(0)
+    for example in data.toy_splits()["valid"]:
+        rationale, answer = parse_output(TASKS["toy"], example, data.think(rng, example.story, 0.0))
+        assert data.is_valid(example, rationale) and TASKS["toy"].correct(answer, example)
+        rationale, _ = parse_output(TASKS["toy"], example, data.think(rng, example.story, 1.0))
+        assert not data.is_valid(example, rationale)
+
+
+CQA = Example("c", "?", "math problem", ("park", "coloring book", "garden center", "math problem", "gravity"))
+NLI = Example("n", "?", "neutral", data.NLI)
+
+
+@pytest.mark.parametrize(
+    ("task", "example", "output", "rationale", "answer"),
+    [
+        ("svamp", None, "<Explanation>: Two and two.\n<Answer>: ( 2 + 2 )", "Two and two.", "( 2 + 2 )"),
+        ("svamp", None, "84 / 2 = 42. The answer is (84 / 2).\n\nQ: There are 120 students. The answer is 3.", "84 / 2 = 42.", "(84 / 2)"),
+        ("svamp", None, " Rationale: 30 * 7 = 210, hence the answer is 30 * 7 = 210. \nAnswer: 210", "30 * 7 = 210", "210"),
+        ("svamp", None, "He is short. The answer is (23 - (-2)).", "He is short.", "(23 - (-2))"),
+        ("svamp", None, "It costs $1,200. Hence the answer is $1,200 dollars", "It costs $1,200.", "1200"),
+        ("svamp", None, " 30", "", "30"),
+        ("svamp", None, "I do not know.", "", None),
+        ("cqa", CQA, "Only math problem fits. So the answer is (d) math problem.\n\nQ: x\nA: So the answer is (a) park.", "Only math problem fits.", "math problem"),
+        ("cqa", CQA, "Rationale: They fall, hence the answer is Answer: (e)", "They fall", "gravity"),
+        ("cqa", CQA, "It is a simple problem. The answer is d.", "It is a simple problem.", "math problem"),
+        ("cqa", CQA, "So the answer is either (a) park or (e) gravity.", "", "park"),
+        ("cqa", CQA, "So the answer is (z) zoo.", "", None),
+        ("anli", NLI, "He is a senator. So the answer is entailment.\n\nPremise: more", "He is a senator.", "entailment"),
+        ("anli", NLI, "Rationale: It is not stated.\nhence the answer is Answer: (b)", "It is not stated.", "neutral"),
+    ],
+)  # fmt: skip
+def test_parsing(task, example, output, rationale, answer):
+    assert parse_output(TASKS[task], example or Example("s", "?", "1"), output) == (rationale, answer)
+
+
+def test_a_task_of_ones_own_takes_the_text_after_the_marker():
+    example = Example("x", "?", "blue")
+    assert parse_output(data.Task("own"), example, "The sky. So the answer is blue.") == ("The sky.", "blue")
+
+
+@pytest.mark.parametrize(
+    ("task", "least"), [("svamp", (0.99, 0.9)), ("cqa", (0.99, 0.9)), ("anli", (0.99, 0.9)), ("esnli", (0.99, 0.9))]
+)
+def test_real_teacher_outputs_parse(real_data, task, least):
+    record, splits = data.load_task(task, str(real_data / "datasets.zip"))
+    examples = {e.id: e for split in splits.values() for e in split}
+    total, parsed = Counter(), Counter()
+    for id, teacher, _, output in data.read_samples(real_data / "samples" / f"{task}.jsonl"):
+        rationale, answer = parse_output(record, examples[id], output)
+        family = teacher.split("-")[0]
+        total[family] += 1
+        parsed[family] += record.key(answer) is not None and (
+            not examples[id].choices or answer in examples[id].choices
+        )
+        assert not data.MARKER.search(rationale) and "<Answer>" not in rationale
+    for family in total:
+        assert parsed[family] / total[family] >= (least[1] if family == "llama" else least[0]), family
+
+
+def test_the_metric_is_dss_s_metric():
+    rng = random.Random(0)
+    task = TASKS["svamp"]
+    for _ in range(300):
+        a, b = (f"( {rng.randint(0, 9)}.0 {rng.choice('+-*/')} {rng.randint(0, 9)}.0 )" for _ in range(2))
+
+        def dss(text: str) -> float:  # what its metric computes for such equations; nan where Python raises
+            x, op, y = text.split()[1:4]
+            ops = {"+": float.__add__, "-": float.__sub__, "*": float.__mul__, "/": lambda p, q: p / q if q else np.nan}
+            return ops[op](float(x), float(y))
+
+        assert task.correct(a, Example("q", "?", b)) == (dss(a) == dss(b))
+    assert not TASKS["cqa"].correct("Math problem", CQA) and TASKS["cqa"].correct("math problem", CQA)
+
+
+def test_splits_are_those_of_dss(real_data):
+    _, svamp = data.load_task("svamp", str(real_data / "datasets.zip"))
+    assert {k: len(v) for k, v in svamp.items()} == {"train": 720, "valid": 80, "test": 200}
+    _, anli = data.load_task("anli", str(real_data / "datasets.zip"))
+    assert {k: len(v) for k, v in anli.items()} == {"train": 800, "valid": 200, "test": 1000}
+    assert "</s>" in anli["train"][0].input and anli["train"][0].label == "contradiction"
+
+
+def test_train_size_is_a_count_or_a_fraction(real_data):
+    zip_path = str(real_data / "datasets.zip")
+    assert len(data.load_task("svamp", zip_path, 100)[1]["train"]) == 100
+    assert len(data.load_task("svamp", zip_path, 0.25)[1]["train"]) == 180
+    with pytest.raises(UserError, match="--train-size 721"):
+        data.load_task("svamp", zip_path, 721)
+
+
+def test_palm_is_the_default_teacher_of_the_real_tasks(real_data, capsys):
+    options = make_options(task="svamp", data=str(real_data / "datasets.zip"))
+    task, splits = data.load_task("svamp", options.data)
+    samples = data.collect(task, splits["train"], [], options)
+    assert "--k" in capsys.readouterr().out
+    assert all(len(own) == 1 and own[0].teacher == "palm-540b" for own in samples.values()) and len(samples) == 720
