@@ -13,7 +13,7 @@ import operator
 import os
 import random
 import re
-import time
+import threading
 import zipfile
 import zlib
 from collections.abc import Callable, Hashable, Iterator
@@ -508,13 +508,15 @@ def think(rng: random.Random, story: Story, error_rate: float) -> str:
         lines += [f"That makes {steps[-1].c}."]
     else:
         lines = [f"At first there are {story.start}."]
-        lines += [f"{'Add' if step.op == '+' else 'Take away'} {step.b}: {step}." for step in steps]
+        for (event, _), step in zip(used, steps, strict=True):
+            what = "Add" if step.op == "+" else "Take away"
+            lines.append(f"{what} {step.b} because {event.who} {event.verb} {event.n}: {step}.")
         lines += [f"In the end {story.person} has {steps[-1].c}."]
     return f"<Explanation>: {' '.join(lines)}\n<Answer>: {equation(story.start, changes)}"
 
 
 TOY_VERSION = 1  # raised when the stories change, so that old samples are not taken for theirs
-TOY_SIZES = {"train": 3200, "valid": 500, "test": 1000}
+TOY_SIZES = {"train": 1500, "valid": 500, "test": 1000}
 STEP = re.compile(r"(\d+) ([+-]) (\d+) = (\d+)")
 
 
@@ -621,6 +623,10 @@ def ask_model(requests: list[Request], task: Task, name: str, options: Any) -> I
         yield from zip(batch, tokenizer.batch_decode(output, skip_special_tokens=True))
 
 
+# Timeouts, cut connections, and replies that are no JSON or not of the expected form.
+BROKEN_REPLY = (InferenceTimeoutError, HTTPError, OSError, ValueError, KeyError, IndexError, TypeError, AttributeError)
+
+
 def ask_api(requests: list[Request], task: Task, name: str, options: Any) -> Iterator[tuple[Request, str]]:
     """Samples of any OpenAI-compatible server; 429, 5xx, cut and slow connections are tried again with backoff."""
     client = InferenceClient(
@@ -651,28 +657,21 @@ def ask_api(requests: list[Request], task: Task, name: str, options: Any) -> Ite
                     )
                 with suppress(ValueError):
                     wait = max(wait, float(error.response.headers.get("Retry-After", 0)))
-            except (
-                InferenceTimeoutError,
-                OSError,
-                HTTPError,
-                ValueError,
-                KeyError,
-                IndexError,
-                TypeError,
-                AttributeError,
-            ) as error:
+            except BROKEN_REPLY as error:
                 problem = type(error).__name__
-            time.sleep(wait)
+            if over.wait(wait):
+                break
         raise UserError(
             f"--teacher api:{name} gave {problem} {API_TRIES} times in a row: start again when it is back, nothing is lost."
         )
 
-    pool = ThreadPoolExecutor(options.api_concurrency)
+    over, pool = threading.Event(), ThreadPoolExecutor(options.api_concurrency)
     try:
         futures = {pool.submit(one, request): request for request in requests}
         for future in as_completed(futures):
             yield futures[future], future.result()
     finally:
+        over.set()
         pool.shutdown(wait=False, cancel_futures=True)
 
 

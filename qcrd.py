@@ -91,8 +91,8 @@ class MethodOptions:
 @dataclass
 class TrainOptions:
     student: str = option("tiny", "tiny, or a seq2seq model: a Hugging Face name or a folder")
-    rounds: int | None = option(None, "the paper's iterations (default: as many as make 10,000 steps; tiny 12)")
-    round_steps: int | None = option(None, "steps in a round (default: one pass over the training set; tiny 100)")
+    rounds: int | None = option(None, "the paper's iterations (default: as many as make 10,000 steps; tiny 15)")
+    round_steps: int | None = option(None, "steps in a round (default: one pass over the training set)")
     batch_size: int | None = option(None, "questions a step (default 64; tiny 16)")
     grad_accum: int = option(1, "parts in which a batch is computed, to save memory")
     lr: float | None = option(None, "AdamW's learning rate, falling linearly to 0 (default 5e-5; tiny 3e-3)")
@@ -112,7 +112,7 @@ class Options(TrainOptions, MethodOptions, TaskOptions):
 
 
 PUBLISHED = {"batch_size": 64, "lr": 5e-5, "judge_lr": 5e-5, "judge_steps": 500}  # DSS, arXiv 2305.02301
-TINY = {"batch_size": 16, "lr": 3e-3, "judge_lr": 1e-3, "judge_steps": 300, "rounds": 12, "round_steps": 100}
+TINY = {"batch_size": 16, "lr": 3e-3, "judge_lr": 1e-3, "judge_steps": 300, "rounds": 15}
 PUBLISHED_STEPS = 10_000
 ALPHA3_DECAY = 0.9
 WARMUP = 50  # steps in which the learning rate rises

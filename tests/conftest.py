@@ -10,7 +10,6 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("QCRD_CACHE", tempfile.mkdtemp(prefix="qcrd-tests-"))
-os.environ["HF_HUB_OFFLINE"] = "1"
 REAL_DATA = ROOT.parent / "shared" / "data"
 
 
