@@ -133,7 +133,7 @@ def run_missing(options: Options, rows: dict[str, str]) -> None:
                    "--data", options.data, "--seed", str(seed), "--out", str(out),
                    *shlex.split(options.options), *shlex.split(row)]  # fmt: skip
         with (out / "log.txt").open("w") as log:
-            code = subprocess.run(
+            code = subprocess.run(  # noqa: PLW1510
                 command, stdout=log, stderr=subprocess.STDOUT, env=os.environ | {"OMP_NUM_THREADS": threads}
             ).returncode
         if code:

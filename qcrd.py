@@ -21,7 +21,7 @@ import time
 import zlib
 from collections import Counter
 from collections.abc import Hashable, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -741,16 +741,21 @@ def save_checkpoint(
 ) -> None:
     """Write checkpoint.safetensors whole or not at all; the one before becomes previous.safetensors."""
     path, temporary = run / "checkpoint.safetensors", run / "checkpoint.tmp"
-    save_file(
-        {k: v.contiguous() for k, v in tensors_of(models, optimizers).items()},
-        temporary,
-        {"progress": json.dumps(progress)},
-    )
-    with temporary.open("rb") as file:
-        os.fsync(file.fileno())
-    if path.exists():
-        os.replace(path, run / "previous.safetensors")
-    os.replace(temporary, path)
+    tensors = {name: tensor.contiguous() for name, tensor in tensors_of(models, optimizers).items()}
+    try:
+        save_file(tensors, temporary, {"progress": json.dumps(progress)})
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        if path.exists():
+            os.replace(path, run / "previous.safetensors")
+        os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        with suppress(OSError):
+            temporary.unlink()
+        raise UserError(
+            f"the checkpoint could not be written to {run} ({first_line(error)}): make room and start the same command"
+            " again; it goes on from the checkpoint before."
+        )
 
 
 def load_checkpoint(run: Path, models: Models, optimizers: dict[str, torch.optim.Optimizer]) -> dict[str, Any] | None:
@@ -833,7 +838,9 @@ def train(models: Models, questions: list[Question], run: Path) -> list[dict[str
         trained = judge.parameters() if options.judge == "own" else judge.mlp.parameters()
         optimizers["judge_optimizer"] = torch.optim.AdamW(trained, options.judge_lr)
     progress = load_checkpoint(run, models, optimizers)
-    if progress is None:
+    if progress is not None:
+        print(f"Going on from step {progress['step']} of {options.rounds * options.round_steps}.")
+    else:
         progress = {"step": 0, "sums": {}, "rounds": [], "seconds": 0.0}
         if judge is not None:
             pretrain_judge(models, questions, optimizers["judge_optimizer"])
@@ -1053,6 +1060,12 @@ if __name__ == "__main__":
         main()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except torch.OutOfMemoryError:
+        print(
+            "error: the GPU's memory is full: lower --batch-size or raise --grad-accum; checkpoints stay good.",
+            file=sys.stderr,
+        )
         sys.exit(2)
     except KeyboardInterrupt:
         print("Stopped. What was done is saved; the same command goes on from there.", file=sys.stderr)

@@ -64,7 +64,7 @@ def test_an_unknown_scheme_is_refused():
 
 def test_a_question_without_positives_or_negatives_has_zero_in_that_term_and_still_counts_in_n():
     nll, mask = tensor([[0.6], [9.0]]), tensor([[True], [False]])
-    loss, pos, neg = contrastive_loss(nll, mask, nll, mask)
+    _, pos, neg = contrastive_loss(nll, mask, nll, mask)
     assert pos.item() == pytest.approx(0.6 / 2)
     assert neg.item() == pytest.approx((0.6 - 3) / 2)
     empty = torch.zeros(2, 0)

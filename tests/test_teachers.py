@@ -14,8 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
-from transformers import T5Config, T5ForConditionalGeneration
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
 
 import data
 from data import TASKS, Cache, UserError
@@ -154,20 +153,22 @@ def test_the_prompt_has_the_papers_form():
     assert "Hypothesis: B." in nli and "(c) contradiction" in nli
 
 
-CHILD = """
+CHILD = f"""
 import sys
-sys.path.insert(0, {root!r})
+sys.path.insert(0, {str(ROOT)!r})
 from pathlib import Path
 import data
 from tests.helpers import make_options
 data.CACHE = Path(sys.argv[1])
 data.collect(data.TASKS["toy"], data.toy_splits()["train"][:40], ["api:model"], make_options(api_base=sys.argv[2], k=5))
-""".format(root=str(ROOT))
+"""
 
 
 def child(tmp_path: Path, server: Server) -> subprocess.Popen:
     env = os.environ | {"OPENAI_API_KEY": KEY}
-    return subprocess.Popen([sys.executable, "-c", CHILD, str(tmp_path), server.url], env=env, cwd=ROOT, stderr=subprocess.PIPE)
+    return subprocess.Popen(
+        [sys.executable, "-c", CHILD, str(tmp_path), server.url], env=env, cwd=ROOT, stderr=subprocess.PIPE
+    )
 
 
 def cached(tmp_path: Path) -> Counter:
@@ -224,7 +225,9 @@ def save_causal(folder: Path, chat: bool) -> None:
     if chat:
         fast.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
     torch.manual_seed(0)
-    config = GPT2Config(vocab_size=len(fast), n_positions=1024, n_embd=32, n_layer=1, n_head=2, bos_token_id=1, eos_token_id=1)
+    config = GPT2Config(
+        vocab_size=len(fast), n_positions=1024, n_embd=32, n_layer=1, n_head=2, bos_token_id=1, eos_token_id=1
+    )
     GPT2LMHeadModel(config).save_pretrained(folder)
     fast.save_pretrained(folder)
 
@@ -235,7 +238,15 @@ def test_a_local_model_is_sampled_in_batches(tmp_path, monkeypatch, kind):
     monkeypatch.setattr(data, "MAX_TOKENS", 8)
     folder = tmp_path / "model"
     if kind == "seq2seq":
-        config = T5Config(vocab_size=len(tokenizer()), d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=2, decoder_start_token_id=0)
+        config = T5Config(
+            vocab_size=len(tokenizer()),
+            d_model=32,
+            d_kv=8,
+            d_ff=32,
+            num_layers=1,
+            num_heads=2,
+            decoder_start_token_id=0,
+        )
         T5ForConditionalGeneration(config).save_pretrained(folder)
         tokenizer().save_pretrained(folder)
     else:
@@ -252,7 +263,12 @@ def test_several_teachers_are_pooled(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "CACHE", tmp_path)
     examples = data.toy_splits()["train"][:4]
     file = tmp_path / "samples.jsonl"
-    file.write_text("".join(json.dumps({"id": e.id, "teacher": "me", "sample": 0, "output": "The answer is 3."}) + "\n" for e in examples))
+    file.write_text(
+        "".join(
+            json.dumps({"id": e.id, "teacher": "me", "sample": 0, "output": "The answer is 3."}) + "\n"
+            for e in examples
+        )
+    )
     samples = data.collect(TASKS["toy"], examples, ["toy", str(file)], make_options())
     assert all([s.teacher for s in own] == ["toy"] * 5 + ["me"] for own in samples.values())
 
