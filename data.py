@@ -31,6 +31,7 @@ import torch
 from huggingface_hub import InferenceClient
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, InferenceTimeoutError
 from huggingface_hub.file_download import http_get
+from safetensors import SafetensorError
 from tqdm import tqdm
 from transformers import (
     AutoConfig,
@@ -120,7 +121,7 @@ def lettered(choices: tuple[str, ...]) -> str:
 
 
 def read_cqa(row: dict) -> dict:
-    choices = tuple(row["choices"])
+    choices = row["choices"]
     text = f"{row['question']}\nAnswer Choices:{lettered(choices)}"
     return {"input": text, "label": row["answer"], "choices": choices}
 
@@ -130,7 +131,7 @@ def read_nli(row: dict) -> dict:
 
 
 def read_plain(row: dict) -> dict:
-    return {"input": row["input"], "label": row["label"], "choices": tuple(row.get("choices") or ())}
+    return {"input": row["input"], "label": row["label"], "choices": row.get("choices") or ()}
 
 
 @dataclass(frozen=True)
@@ -283,9 +284,10 @@ def to_example(task: Task, where: str, row: dict, default_id: str) -> Example:
     for name in ("input", "label"):
         if not isinstance(fields[name], str) or not fields[name].strip():
             raise UserError(f'{where} needs a text in "{name}", not {str(fields[name])[:40]!r}.')
-    choices = fields.get("choices", ())
-    if not all(isinstance(choice, str) and choice.strip() for choice in choices):
+    choices = fields.setdefault("choices", ())
+    if not isinstance(choices, list | tuple) or not all(isinstance(c, str) and c.strip() for c in choices):
         raise UserError(f'{where}: "choices" must be a list of texts.')
+    fields["choices"] = tuple(choices)
     if choices and fields["label"] not in choices:
         raise UserError(f"{where}: the label {fields['label'][:40]!r} is not among its choices.")
     return Example(str(row.get("id", default_id)) if task.folder == "" else default_id, **fields)
@@ -338,6 +340,8 @@ def load_task(name: str, data: str = DSS_ZIP, train_size: float | None = None) -
                 splits[split] = [
                     to_example(task, where, row, f"{name}-{split}-{i}") for i, (where, row) in enumerate(rows)
                 ]
+        if not all(splits.values()):
+            raise UserError(f"{data} has a split with no rows for {name}: download the file again.")
         if "valid" not in splits:
             splits["train"], splits["valid"] = hold_out(splits["train"], 0.1, seed=0)
     elif not Path(name).is_file():
@@ -516,7 +520,7 @@ def think(rng: random.Random, story: Story, error_rate: float) -> str:
 
 
 TOY_VERSION = 1  # raised when the stories change, so that old samples are not taken for theirs
-TOY_SIZES = {"train": 1500, "valid": 500, "test": 1000}
+TOY_SIZES = {"train": 4000, "valid": 500, "test": 1000}
 STEP = re.compile(r"(\d+) ([+-]) (\d+) = (\d+)")
 
 
@@ -594,10 +598,12 @@ def ask_toy(requests: list[Request], task: Task, name: str, options: Any) -> Ite
 def ask_model(requests: list[Request], task: Task, name: str, options: Any) -> Iterator[tuple[Request, str]]:
     """Samples of a Hugging Face model, causal or seq2seq, on this machine."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left")
-        seq2seq = AutoConfig.from_pretrained(name).is_encoder_decoder
-        model = (AutoModelForSeq2SeqLM if seq2seq else AutoModelForCausalLM).from_pretrained(name)
-    except (OSError, ValueError) as error:
+        tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left", trust_remote_code=False)
+        seq2seq = AutoConfig.from_pretrained(name, trust_remote_code=False).is_encoder_decoder
+        model = (AutoModelForSeq2SeqLM if seq2seq else AutoModelForCausalLM).from_pretrained(
+            name, trust_remote_code=False
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise UserError(f"--teacher {name} cannot be loaded: {first_line(error)}")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model.to(device).eval()
@@ -733,7 +739,11 @@ def palm_outputs(task: Task, data: str) -> Iterator[tuple[str, str, int, str]]:
         members.sort(key=lambda name: int(re.findall(r"\d+", name)[-1]))
         i = 0
         for member in members:
-            for output in json.loads(read_member(release, member)):
+            try:
+                outputs = json.loads(read_member(release, member))
+            except ValueError as error:
+                raise UserError(f"{release.filename}: {member} is no JSON array ({error}): download the file again.")
+            for output in outputs:
                 yield f"{task.name}-train-{i}", "palm-540b", 0, str(output)
                 i += 1
 

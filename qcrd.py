@@ -23,7 +23,7 @@ from collections import Counter
 from collections.abc import Hashable, Sequence
 from contextlib import nullcontext, suppress
 from copy import deepcopy
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -67,6 +67,7 @@ class TaskOptions:
 class MethodOptions:
     method: Literal["finetune", "single", "dss", "mi", "qcrd"] = option("qcrd", "the paper's method or a baseline")
     positives: Literal["all", "one"] = option("all", "of qcrd: all voted rationales, or one unvoted as in dss")
+    fixed_student: str | None = option(None, "of --negatives fixed: the run directory of a finished dss run")
     negatives: Literal["student", "fixed", "teacher", "none"] = option("student", "of qcrd: the teacher's minority and the lagged student's; a fixed dss student's; the minority alone; none")  # fmt: skip
     scheme: Literal["minmax", "maxmin", "sampling", "mean", "wmean"] = option(
         "minmax", "many-to-one scheme (eqs. 4, 5)"
@@ -91,11 +92,11 @@ class MethodOptions:
 @dataclass
 class TrainOptions:
     student: str = option("tiny", "tiny, or a seq2seq model: a Hugging Face name or a folder")
-    rounds: int | None = option(None, "the paper's iterations (default: as many as make 10,000 steps; tiny 15)")
+    rounds: int | None = option(None, "the paper's iterations (default: as many as make 10,000 steps; tiny 10)")
     round_steps: int | None = option(None, "steps in a round (default: one pass over the training set)")
-    batch_size: int | None = option(None, "questions a step (default 64; tiny 16)")
+    batch_size: int | None = option(None, "questions a step (default 64; tiny 32)")
     grad_accum: int = option(1, "parts in which a batch is computed, to save memory")
-    lr: float | None = option(None, "AdamW's learning rate, falling linearly to 0 (default 5e-5; tiny 3e-3)")
+    lr: float | None = option(None, "AdamW's learning rate, falling linearly to 0 (default 5e-5; tiny 4e-3)")
     max_input: int = option(1024, "tokens at which inputs are cut")
     max_target: int = option(256, "tokens at which labels and rationales are cut")
     precision: Literal["auto", "fp32", "bf16"] = option("auto", "auto: bf16 where the hardware gains from it")
@@ -112,7 +113,7 @@ class Options(TrainOptions, MethodOptions, TaskOptions):
 
 
 PUBLISHED = {"batch_size": 64, "lr": 5e-5, "judge_lr": 5e-5, "judge_steps": 500}  # DSS, arXiv 2305.02301
-TINY = {"batch_size": 16, "lr": 3e-3, "judge_lr": 1e-3, "judge_steps": 300, "rounds": 15}
+TINY = {"batch_size": 32, "lr": 4e-3, "judge_lr": 1e-3, "judge_steps": 300, "rounds": 10}
 PUBLISHED_STEPS = 10_000
 ALPHA3_DECAY = 0.9
 WARMUP = 50  # steps in which the learning rate rises
@@ -470,7 +471,7 @@ def rationale_loss(
 
 def judge_batch(options: Options) -> int:
     """Questions in a batch of the discriminator, which reads all their rationales: about a batch of the student's."""
-    return max(1, options.batch_size // 2)
+    return max(1, options.batch_size // 4)
 
 
 def judge_step_loss(
@@ -576,21 +577,22 @@ def source_round(round_: int, lag: int) -> int:
     return max(round_ - lag, 0)
 
 
-def draw_negatives(models: Models, questions: list[Question], round_: int, path: Path) -> dict[str, str]:
-    """Let the student, as it is at the start of `round_`, write one rationale for each question, and keep them."""
-    torch.manual_seed(step_seed(models.options.seed, round_, "draw"))
+def draw_negatives(models: Models, questions: list[Question], round_: int, path: Path) -> None:
+    """Let the student, as it is at the start of `round_`, write one rationale for each question, into `path`.
+
+    With --negatives fixed a finished dss student writes instead, in round 0 and for all rounds.
+    """
+    options = models.options
     unique = list({q.example.id: q.example for q in questions}.values())
     limit = rationale_limit(models, questions)
-    texts = generate(
-        models,
-        [e.input for e in unique],
-        "explain",
-        limit,
-        models.options.student_temperature,
-        f"negatives of round {round_}",
+    if options.negatives == "fixed":
+        models = load_models(replace(options, student=f"{options.fixed_student}/student", judge="none"))
+    torch.manual_seed(step_seed(options.seed, round_, "draw"))
+    desc = f"negatives of round {round_}"
+    texts = generate(models, [e.input for e in unique], "explain", limit, options.student_temperature, desc)
+    write_atomically(
+        path, "".join(json.dumps({"id": e.id, "output": t}) + "\n" for e, t in zip(unique, texts, strict=True))
     )
-    write_atomically(path, "".join(json.dumps({"id": e.id, "output": text}) + "\n" for e, text in zip(unique, texts)))
-    return {e.id: text for e, text in zip(unique, texts)}
 
 
 def rationale_limit(models: Models, questions: list[Question]) -> int:
@@ -941,10 +943,14 @@ def load_models(options: Options) -> Models:
     else:
         path = options.student
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-        student = AutoModelForSeq2SeqLM.from_pretrained(path)
-    except (OSError, ValueError, KeyError) as error:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        student = AutoModelForSeq2SeqLM.from_pretrained(path, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise UserError(f"--student {options.student} is not a seq2seq model with its tokenizer: {first_line(error)}")
+    if tokenizer.unk_token_id in tokenizer("predict: explain:").input_ids:
+        raise UserError(
+            f"--student {options.student} has no tokenizer that knows English text: add its tokenizer files."
+        )
     if len(tokenizer) > student.config.vocab_size:
         raise UserError(
             f"--student {options.student}: the tokenizer has {len(tokenizer)} tokens, the model only {student.config.vocab_size}: they are not of one model."
@@ -965,20 +971,45 @@ def load_models(options: Options) -> Models:
     return Models(student, tokenizer, judge, options)
 
 
+# Options that must be above 0, and those that may be 0; lists of names keep the checks in one place.
+POSITIVE = ("k", "train_size", "api_concurrency", "student_temperature", "judge_lr", "judge_steps", "judge_every", "rounds", "round_steps", "batch_size", "grad_accum", "lr", "max_input", "max_target")  # fmt: skip
+NOT_NEGATIVE = ("temperature", "toy_errors", "lag", "alpha1", "alpha2", "alpha3", "beta", "delta", "mi_weight", "seed", "save_minutes")  # fmt: skip
+
+
+class Parser(HfArgumentParser):
+    """Bad options end in one sentence instead of the usage."""
+
+    def error(self, message: str) -> Any:
+        raise UserError(f"{message}: see --help.")
+
+
+def check_options(options: Options) -> None:
+    for name in POSITIVE + NOT_NEGATIVE:
+        value = getattr(options, name)
+        flag = f"--{name.replace('_', '-')}"
+        if value is not None and not math.isfinite(value):
+            raise UserError(f"{flag} is {value}: it must be a finite number.")
+        if value is not None and (value < 0 or value == 0 and name in POSITIVE):
+            raise UserError(f"{flag} is {value}: it must be {'above' if name in POSITIVE else 'at least'} 0.")
+    if options.negatives == "fixed" and not (options.fixed_student and Path(options.fixed_student, "student").is_dir()):
+        raise UserError("--negatives fixed needs --fixed-student: the run directory of a finished --method dss run.")
+    if options.toy_errors > 1:
+        raise UserError(f"--toy-errors is {options.toy_errors}: it is a probability, from 0 to 1.")
+    if options.max_input < 16:
+        raise UserError(f"--max-input is {options.max_input}: a question needs at least 16 tokens.")
+
+
 def parse_options(argv: Sequence[str] | None = None) -> Options:
     """The command line as Options, checked, with the open defaults filled in."""
-
-    class Parser(HfArgumentParser):
-        def error(self, message: str) -> Any:
-            raise UserError(f"{message}: see --help.")
-
-    parts = Parser(
-        [TaskOptions, MethodOptions, TrainOptions], description=__doc__.split("\n")[0]
-    ).parse_args_into_dataclasses(argv)
+    parser = Parser([TaskOptions, MethodOptions, TrainOptions], description=__doc__.split("\n")[0], allow_abbrev=False)
+    *parts, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
+    if unknown:
+        raise UserError(f"{unknown[0]} is not an option: see --help.")
     options = Options(**{key: value for part in parts for key, value in asdict(part).items()})
     for key, value in (TINY if options.student == "tiny" else PUBLISHED).items():
         if getattr(options, key) is None:
             setattr(options, key, value)
+    check_options(options)
     return options
 
 

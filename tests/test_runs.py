@@ -140,9 +140,10 @@ def test_killed_at_random_moments_and_resumed_it_ends_where_an_uninterrupted_run
         for line in process.stdout:  # until training has begun, or goes on
             if line.startswith(("discriminator pretrained", "Going on", "Everything")):
                 break
-        time.sleep(rng.uniform(0, 0.8))
+        time.sleep(rng.uniform(0, 1.0 / KILLS))
         process.send_signal(signal.SIGKILL)
         process.communicate()
+        assert not (run / "result.json").exists()  # else the kill came too late to mean anything
     process = start(student, run, "--save-minutes", "0")
     assert process.wait(300) == 0, process.stderr.read()
     assert same_run(whole, run)
