@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors.torch import load_file
 from tqdm import tqdm
 
 import data
@@ -39,8 +40,6 @@ class Options:
     seeds: int = qcrd.option(5, "seeds of a study: 0, 1, ...")
     jobs: int = qcrd.option(2, "runs of a study side by side")
     options: str = qcrd.option("", 'further options for each run of a study, such as "--rounds 10"')
-    plot: bool = qcrd.option(False, "draw the pictures of the runs, or of a study of sizes")
-    judge: str | None = qcrd.option(None, "a teacher that compares the rationales of two runs: a model or api:MODEL")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -57,7 +56,7 @@ STUDIES: dict[str, dict[str, str]] = {
     "schemes": {name: f"--scheme {name}" for name in ("minmax", "maxmin", "sampling", "mean", "wmean")},
     "negatives": {
         **{f"student, j = {j}": f"--lag {j}" for j in (3, 5, 10)},
-        "fixed dss student": "--negatives fixed",
+        "fixed dss student": "--negatives fixed --fixed-student DSS",
         "teacher's minority only (SC)": "--negatives teacher",
     },
     "judge": {f"{e}, {loss}": f"--judge {e} --judge-loss {loss}" for e in ("own", "frozen", "shared") for loss in ("paper", "bce")},
@@ -132,6 +131,7 @@ def run_missing(options: Options, rows: dict[str, str]) -> None:
         command = [sys.executable, str(Path(qcrd.__file__)), "--task", options.task, "--student", options.student,
                    "--data", options.data, "--seed", str(seed), "--out", str(out),
                    *shlex.split(options.options), *shlex.split(row)]  # fmt: skip
+        command = [str(run_path(options, "--method dss", seed)) if word == "DSS" else word for word in command]
         with (out / "log.txt").open("w") as log:
             code = subprocess.run(  # noqa: PLW1510
                 command, stdout=log, stderr=subprocess.STDOUT, env=os.environ | {"OMP_NUM_THREADS": threads}
@@ -157,7 +157,7 @@ def summary(values: Sequence[float]) -> tuple[float, float]:
 
 
 def study(options: Options) -> list[dict[str, Any]]:
-    """Run a study and write its table to runs/studies/ as Markdown and CSV."""
+    """Run a study, print its table, and write its table to runs/studies/ as Markdown and CSV."""
     rows = STUDIES[options.study]
     baseline = "--method dss --labels teacher" if options.study == "labels" else "--method dss"
     run_missing(options, rows | {"": baseline})
@@ -213,7 +213,7 @@ def open_run(folder: str, options: Options) -> tuple[qcrd.Models, data.Task, dic
     run_options = qcrd.fill_in(qcrd.Options(**config))
     models = qcrd.load_models(run_options)
     if models.judge is not None:
-        models.judge.load_state_dict(qcrd.load_file(path / "discriminator.safetensors"))
+        models.judge.load_state_dict(load_file(path / "discriminator.safetensors"))
     task, splits = data.load_task(run_options.task, run_options.data)
     return models, task, splits
 
@@ -238,3 +238,24 @@ def score(folder: str, options: Options) -> dict[str, float]:
     qcrd.write_atomically(Path(folder) / "predictions.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     print(f"{folder}: " + ", ".join(f"{key} {value:.3f}" for key, value in result.items()))
     return result
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = qcrd.Parser([Options], description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
+    options, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
+    if unknown:
+        raise UserError(f"{unknown[0]} is not an option: see --help.")
+    if options.study:
+        if options.study not in STUDIES:
+            raise UserError(f"--study {options.study} is not one of {', '.join(STUDIES)}.")
+        if options.seeds < 1 or options.jobs < 1:
+            raise UserError("--seeds and --jobs must be at least 1.")
+        study(options)
+    elif not options.runs:
+        raise UserError("nothing to do: name --runs to score, or a --study.")
+    for run in options.runs:
+        score(run, options)
+
+
+if __name__ == "__main__":
+    qcrd.run_command(main)

@@ -20,7 +20,7 @@ import sys
 import time
 import zlib
 from collections import Counter
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import nullcontext, suppress
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, replace
@@ -92,7 +92,7 @@ class MethodOptions:
 @dataclass
 class TrainOptions:
     student: str = option("tiny", "tiny, or a seq2seq model: a Hugging Face name or a folder")
-    rounds: int | None = option(None, "the paper's iterations (default: as many as make 10,000 steps; tiny 10)")
+    rounds: int | None = option(None, "the paper's iterations (default 20, or as many as make 10,000 steps; tiny 10)")
     round_steps: int | None = option(None, "steps in a round (default: one pass over the training set)")
     batch_size: int | None = option(None, "questions a step (default 64; tiny 32)")
     grad_accum: int = option(1, "parts in which a batch is computed, to save memory")
@@ -114,7 +114,7 @@ class Options(TrainOptions, MethodOptions, TaskOptions):
 
 PUBLISHED = {"batch_size": 64, "lr": 5e-5, "judge_lr": 5e-5, "judge_steps": 500}  # DSS, arXiv 2305.02301
 TINY = {"batch_size": 32, "lr": 4e-3, "judge_lr": 1e-3, "judge_steps": 300, "rounds": 10}
-PUBLISHED_STEPS = 10_000
+DEFAULT_ROUNDS, PUBLISHED_STEPS = 20, 10_000  # the paper gives no number of rounds; DSS trains for 10,000 steps at most
 ALPHA3_DECAY = 0.9
 WARMUP = 50  # steps in which the learning rate rises
 WRITE_BATCH = 512  # questions answered at once
@@ -999,6 +999,14 @@ def check_options(options: Options) -> None:
         raise UserError(f"--max-input is {options.max_input}: a question needs at least 16 tokens.")
 
 
+def fill_in(options: Options) -> Options:
+    """Settle the options that depend on the student."""
+    for key, value in (TINY if options.student == "tiny" else PUBLISHED).items():
+        if getattr(options, key) is None:
+            setattr(options, key, value)
+    return options
+
+
 def parse_options(argv: Sequence[str] | None = None) -> Options:
     """The command line as Options, checked, with the open defaults filled in."""
     parser = Parser([TaskOptions, MethodOptions, TrainOptions], description=__doc__.split("\n")[0], allow_abbrev=False)
@@ -1006,9 +1014,7 @@ def parse_options(argv: Sequence[str] | None = None) -> Options:
     if unknown:
         raise UserError(f"{unknown[0]} is not an option: see --help.")
     options = Options(**{key: value for part in parts for key, value in asdict(part).items()})
-    for key, value in (TINY if options.student == "tiny" else PUBLISHED).items():
-        if getattr(options, key) is None:
-            setattr(options, key, value)
+    fill_in(options)
     check_options(options)
     return options
 
@@ -1049,7 +1055,7 @@ def prepare(options: Options) -> tuple[Task, dict[str, list[Example]], list[Ques
         samples = data.collect(task, splits["train"], options.teacher, options)
     questions = vote(task, splits["train"], samples, options)
     options.round_steps = options.round_steps or math.ceil(len(questions) / options.batch_size)
-    options.rounds = options.rounds or math.ceil(PUBLISHED_STEPS / options.round_steps)
+    options.rounds = options.rounds or min(DEFAULT_ROUNDS, math.ceil(PUBLISHED_STEPS / options.round_steps))
     return task, splits, questions
 
 
@@ -1084,11 +1090,12 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     return result
 
 
-if __name__ == "__main__":
+def run_command(command: Callable[[], Any]) -> None:
+    """Run a command line; bad input and signals end it with one sentence and their exit code."""
     signal.signal(signal.SIGINT, guard)
     signal.signal(signal.SIGTERM, guard)
     try:
-        main()
+        command()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -1101,3 +1108,7 @@ if __name__ == "__main__":
     except KeyboardInterrupt:
         print("Stopped. What was done is saved; the same command goes on from there.", file=sys.stderr)
         sys.exit(128 + (guard.came or signal.SIGINT))
+
+
+if __name__ == "__main__":
+    run_command(main)
