@@ -65,6 +65,7 @@ class Example:
     input: str
     label: str
     choices: tuple[str, ...] = ()
+    rationale: str = ""  # a task of one's own may bring one a question
     story: "Story | None" = None  # toy only: what the exact check of a rationale needs
 
 
@@ -131,7 +132,8 @@ def read_nli(row: dict) -> dict:
 
 
 def read_plain(row: dict) -> dict:
-    return {"input": row["input"], "label": row["label"], "choices": row.get("choices") or ()}
+    known = {"choices": row.get("choices") or (), "rationale": row.get("rationale") or ""}
+    return {"input": row["input"], "label": row["label"], **known}
 
 
 @dataclass(frozen=True)
@@ -281,9 +283,10 @@ def to_example(task: Task, where: str, row: dict, default_id: str) -> Example:
         fields = task.read(row)
     except (KeyError, TypeError, IndexError) as error:
         raise UserError(f"{where} has no usable {error}: a row of task {task.name} needs it.")
-    for name in ("input", "label"):
-        if not isinstance(fields[name], str) or not fields[name].strip():
-            raise UserError(f'{where} needs a text in "{name}", not {str(fields[name])[:40]!r}.')
+    for name in ("input", "label", "rationale"):
+        value = fields.get(name, "")
+        if not isinstance(value, str) or not (value.strip() or name == "rationale"):
+            raise UserError(f'{where} needs a text in "{name}", not {str(value)[:40]!r}.')
     choices = fields.setdefault("choices", ())
     if not isinstance(choices, list | tuple) or not all(isinstance(c, str) and c.strip() for c in choices):
         raise UserError(f'{where}: "choices" must be a list of texts.')
@@ -534,7 +537,7 @@ def toy_splits() -> dict[str, list[Example]]:
     for split, size in TOY_SIZES.items():
         chosen = [next(left) for _ in range(size)]
         splits[split] = [
-            Example(f"toy-{split}-{i}", text, equation(story.start, story.changes()), (), story)
+            Example(f"toy-{split}-{i}", text, equation(story.start, story.changes()), story=story)
             for i, (text, story) in enumerate(chosen)
         ]
     return splits
@@ -698,7 +701,8 @@ class Cache:
         outputs: dict[tuple[str, int], str] = {}
         if self.path.exists():
             for _, row in parse_jsonl(read_file(self.path), str(self.path), torn=True):
-                outputs.setdefault((row["id"], row["sample"]), row["output"])
+                if {"id", "sample", "output"} <= row.keys():
+                    outputs.setdefault((row["id"], row["sample"]), row["output"])
         return outputs
 
     def append(self, id: str, teacher: str, sample: int, output: str) -> None:
@@ -753,8 +757,12 @@ def collect(task: Task, examples: list[Example], teachers: list[str], options: A
     by_id = {example.id: example for example in examples}
     k = options.k or 5
     samples: dict[str, list[Sample]] = {}
-    for teacher in teachers or [default_teacher(task, options)]:
-        if teacher == "palm":
+    for teacher in teachers or [default_teacher(task, examples, options)]:
+        if teacher == "own":
+            rows = (
+                (e.id, "own", 0, f"<Explanation>: {e.rationale}\n<Answer>: {e.label}") for e in examples if e.rationale
+            )
+        elif teacher == "palm":
             if not task.folder:
                 raise UserError(f"--teacher palm has no samples for task {task.name}: name another teacher.")
             rows = palm_outputs(task, options.data)
@@ -781,9 +789,11 @@ def collect(task: Task, examples: list[Example], teachers: list[str], options: A
     return samples
 
 
-def default_teacher(task: Task, options: Any) -> str:
+def default_teacher(task: Task, examples: list[Example], options: Any) -> str:
     if task.name == "toy":
         return "toy"
+    if any(example.rationale for example in examples):
+        return "own"
     if not task.folder:
         raise UserError(
             f"--task {options.task} needs a --teacher: a Hugging Face model, api:MODEL, or a file of samples."

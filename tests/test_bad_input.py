@@ -102,6 +102,7 @@ TASK_FILES = [
     (b'{"input": "", "label": "a"}\n', '"input"'),
     (b'{"input": "q", "label": ["a"]}\n', '"label"'),
     (b'{"input": "q", "label": null}\n', '"label"'),
+    (b'{"input": "q", "label": "a", "rationale": ["r"]}\n', '"rationale"'),
     (b'{"input": "q", "label": "  "}\n', '"label"'),
     (b'{"input": "q", "label": "c", "choices": ["a", "b"]}\n', "not among its choices"),
     (b'{"input": "q", "label": "a", "choices": "a"}\n', '"choices"'),

@@ -1,5 +1,6 @@
 """Tasks, the toy and its exact check, parsing, the cache."""
 
+import json
 import random
 from collections import Counter
 
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 
 import data
-from data import TASKS, Example, UserError, equation_value, parse_output
+from data import TASKS, Example, Sample, UserError, equation_value, parse_output
 from tests.helpers import make_options
 
 
@@ -47,7 +48,7 @@ def test_labels_steps_and_events_agree():
 
 
 STORY = data.Story("Anna", "apples", 7, (data.Event("Anna", "bought", 5, "apples"), data.Event("Ben", "found", 3, "apples"), data.Event("Anna", "gave", 2, "apples", "Ben")))  # fmt: skip
-EXAMPLE = Example("q", STORY.input(), "( ( 7 + 5 ) - 2 )", (), STORY)
+EXAMPLE = Example("q", STORY.input(), "( ( 7 + 5 ) - 2 )", story=STORY)
 
 
 @pytest.mark.parametrize(
@@ -164,3 +165,24 @@ def test_palm_is_the_default_teacher_of_the_real_tasks(real_data, capsys):
     samples = data.collect(task, splits["train"], [], options)
     assert "--k" in capsys.readouterr().out
     assert all(len(own) == 1 and own[0].teacher == "palm-540b" for own in samples.values()) and len(samples) == 720
+
+
+def test_a_task_of_ones_own_holds_out_by_seed_and_brings_its_rationales(tmp_path):
+    rows = [
+        {
+            "input": f"Is {i} even?",
+            "label": "no" if i % 2 else "yes",
+            "choices": ["yes", "no"],
+            "rationale": f"{i} halves.",
+        }
+        for i in range(50)
+    ]
+    path = tmp_path / "even.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task, splits = data.load_task(str(path))
+    assert {k: len(v) for k, v in splits.items()} == {"train": 40, "valid": 5, "test": 5}
+    assert len({e.id for split in splits.values() for e in split}) == 50
+    assert data.load_task(str(path))[1] == splits
+    samples = data.collect(task, splits["train"], [], make_options())
+    example = splits["train"][0]
+    assert samples[example.id] == [Sample("own", example.rationale, example.label)]

@@ -212,7 +212,7 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_step_and_the_questions():
     with torch.no_grad():
         models.student.get_encoder().final_layer_norm.weight.fill_(float("nan"))
     story = data.toy_story(random.Random(0))
-    question = qcrd.Question(data.Example("toy-7", story.input(), "1", (), story), "1", ["one"], [])
+    question = qcrd.Question(data.Example("toy-7", story.input(), "1", story=story), "1", ["one"], [])
     optimizers = {"student_optimizer": torch.optim.AdamW(models.student.parameters(), 1e-3)}
     with pytest.raises(UserError, match=r"step 5 .*toy-7"):
         qcrd.train_step(models, optimizers, [question], {}, 0, {"step": 5, "sums": {}}, 10)

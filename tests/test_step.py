@@ -17,7 +17,7 @@ def a_batch(seed: int = 0) -> tuple[list[Question], dict[str, str]]:
     questions, drawn = [], {}
     for i in range(6):
         story = data.toy_story(rng)
-        example = data.Example(f"q{i}", story.input(), data.equation(story.start, story.changes()), (), story)
+        example = data.Example(f"q{i}", story.input(), data.equation(story.start, story.changes()), story=story)
         texts = list(
             dict.fromkeys(
                 data.parse_output(data.TASKS["toy"], example, data.think(rng, story, 0.5))[0] for _ in range(8)
