@@ -305,17 +305,19 @@ def vote(task: Task, examples: list[Example], samples: dict[str, list[Sample]], 
 
 
 class Tokens:
-    """Token ids of texts, each text tokenized once."""
+    """Token ids of texts, each text tokenized once and cut at a limit; `cut` counts the texts that were too long."""
 
     def __init__(self, tokenizer: Any, limit: int) -> None:
-        self.tokenizer, self.limit = tokenizer, limit
+        self.tokenizer, self.limit, self.cut = tokenizer, limit, 0
         self.known: dict[str, np.ndarray] = {}
 
     def __call__(self, texts: Sequence[str]) -> list[np.ndarray]:
         new = [text for text in dict.fromkeys(texts) if text not in self.known]
         if new:
-            ids = self.tokenizer(new, truncation=True, max_length=self.limit).input_ids
-            self.known.update((text, np.array(row, np.int32)) for text, row in zip(new, ids, strict=True))
+            for text, ids in zip(new, self.tokenizer(new, verbose=False).input_ids, strict=True):
+                self.cut += len(ids) > self.limit
+                ids = ids if len(ids) <= self.limit else [*ids[: self.limit - 1], ids[-1]]  # the end token stays
+                self.known[text] = np.array(ids, np.int32)
         return [self.known[text] for text in texts]
 
 
@@ -867,6 +869,10 @@ def train(models: Models, questions: list[Question], run: Path) -> list[dict[str
                     guard.stop_if_asked()
             line = round_line(models, questions, round_, progress)
             tqdm.write(" ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in line.items()))
+            if not progress["rounds"]:
+                for tokens, flag in ((models.inputs, "--max-input"), (models.targets, "--max-target")):
+                    if tokens.cut:
+                        tqdm.write(f"{tokens.cut} of {len(tokens.known)} texts are longer than {flag} and were cut.")
             progress["rounds"].append(line)
             progress |= {"sums": {}, "seconds": 0.0, "drawing": 0.0}
             save_checkpoint(run, models, optimizers, progress)

@@ -241,7 +241,20 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_step_and_the_questions():
 def test_edges_and_variants_run_to_the_end(student, tmp_path, small_toy, capsys, more):
     result = qcrd.main(["--student", student, "--out", str(tmp_path / "run"), *SMALL, *more])
     assert 0 <= result["accuracy"] <= 1
-    assert "accuracy" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "accuracy" in out
+    if "--max-target" in more:
+        assert out.count("longer than --max-target and were cut") == 1
+
+
+def test_a_full_gpu_is_one_sentence_that_names_the_options(monkeypatch, capsys):
+    def full() -> None:
+        raise torch.OutOfMemoryError
+
+    with pytest.raises(SystemExit) as stop:
+        qcrd.run_command(full)
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and "--batch-size" in err and "--grad-accum" in err
 
 
 def test_grad_accum_gives_the_step_of_the_whole_batch(student):
