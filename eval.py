@@ -157,7 +157,7 @@ def summary(values: Sequence[float]) -> tuple[float, float]:
 
 
 def study(options: Options) -> list[dict[str, Any]]:
-    """Run a study, print its table, and write its table to runs/studies/ as Markdown and CSV."""
+    """Run a study; print its table and write it to runs/studies/ as Markdown and CSV."""
     rows = STUDIES[options.study]
     baseline = "--method dss --labels teacher" if options.study == "labels" else "--method dss"
     run_missing(options, rows | {"": baseline})
@@ -235,16 +235,14 @@ def score(folder: str, options: Options) -> dict[str, float]:
         questions = [qcrd.Question(example, example.label, [], []) for example in splits["test"]]
         scores = models.score_constant(questions, texts)
         result["mean D score"] = scores.mean().item()
-    qcrd.write_atomically(Path(folder) / "predictions.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    qcrd.write_jsonl(Path(folder) / "predictions.jsonl", rows)
     print(f"{folder}: " + ", ".join(f"{key} {value:.3f}" for key, value in result.items()))
     return result
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = qcrd.Parser([Options], description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
-    options, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
-    if unknown:
-        raise UserError(f"{unknown[0]} is not an option: see --help.")
+    (options,) = parser.parse(argv)
     if options.study:
         if options.study not in STUDIES:
             raise UserError(f"--study {options.study} is not one of {', '.join(STUDIES)}.")

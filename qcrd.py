@@ -20,7 +20,7 @@ import sys
 import time
 import zlib
 from collections import Counter
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from contextlib import nullcontext, suppress
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, replace
@@ -342,10 +342,14 @@ class Models:
         batch = torch.from_numpy(out)
         return batch.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else batch
 
+    def pad_inputs(self, rows: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
+        """Input ids (N, S) and their attention mask (N, S)."""
+        ids = self.pad(rows, self.tokenizer.pad_token_id)
+        return ids, (ids != self.tokenizer.pad_token_id).long()
+
     def encode(self, rows: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
         """The student's encoder states (N, S, d_model) and their mask (N, S)."""
-        ids = self.pad(rows, self.tokenizer.pad_token_id)
-        mask = (ids != self.tokenizer.pad_token_id).long()
+        ids, mask = self.pad_inputs(rows)
         with self.autocast():
             return self.student.get_encoder()(input_ids=ids, attention_mask=mask).last_hidden_state, mask
 
@@ -373,9 +377,9 @@ class Models:
     def score(self, questions: Sequence[Question], rationales: Sequence[str]) -> Tensor:
         """D(x, r), (N,), of pairs of a question and a rationale."""
         pairs = zip(self.inputs([q.example.input for q in questions]), self.targets(rationales), strict=True)
-        ids = self.pad([np.concatenate(pair) for pair in pairs], self.tokenizer.pad_token_id)
+        ids, mask = self.pad_inputs([np.concatenate(pair) for pair in pairs])
         with self.autocast():
-            return self.judge(ids, (ids != self.tokenizer.pad_token_id).long())
+            return self.judge(ids, mask)
 
     def score_constant(self, questions: Sequence[Question], rationales: Sequence[str]) -> Tensor:
         """The same without gradients and dropout: what weighs L_cl and what is reported."""
@@ -557,14 +561,10 @@ def generate(
     with tqdm(total=len(inputs), desc=desc, unit="question", leave=False) as bar, torch.no_grad(), models.autocast():
         for i in range(0, len(order), WRITE_BATCH):
             at = order[i : i + WRITE_BATCH]
-            ids = models.pad(
-                [np.concatenate((start, x)) for x in models.inputs([inputs[j] for j in at])],
-                models.tokenizer.pad_token_id,
-            )
+            ids, mask = models.pad_inputs([np.concatenate((start, x)) for x in models.inputs([inputs[j] for j in at])])
             sampling = (
                 {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
             )
-            mask = (ids != models.tokenizer.pad_token_id).long()
             output = models.student.generate(input_ids=ids, attention_mask=mask, max_new_tokens=limit, **sampling)
             for j, text in zip(at, models.tokenizer.batch_decode(output, skip_special_tokens=True), strict=True):
                 texts[j] = text.strip()
@@ -592,9 +592,7 @@ def draw_negatives(models: Models, questions: list[Question], round_: int, path:
     torch.manual_seed(step_seed(options.seed, round_, "draw"))
     desc = f"negatives of round {round_}"
     texts = generate(models, [e.input for e in unique], "explain", limit, options.student_temperature, desc)
-    write_atomically(
-        path, "".join(json.dumps({"id": e.id, "output": t}) + "\n" for e, t in zip(unique, texts, strict=True))
-    )
+    write_jsonl(path, ({"id": e.id, "output": text} for e, text in zip(unique, texts, strict=True)))
 
 
 def rationale_limit(models: Models, questions: list[Question]) -> int:
@@ -722,6 +720,10 @@ def write_atomically(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
+def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
 def clip_and_step(optimizer: torch.optim.Optimizer) -> None:
     """Student and discriminator are clipped apart, so that neither steers the other's step."""
     torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], 1.0)
@@ -845,7 +847,7 @@ def train(models: Models, questions: list[Question], run: Path) -> list[dict[str
     if progress is not None:
         print(f"Going on from step {progress['step']} of {options.rounds * options.round_steps}.")
     else:
-        progress = {"step": 0, "sums": {}, "rounds": [], "seconds": 0.0}
+        progress = {"step": 0, "sums": {}, "rounds": [], "seconds": 0.0, "drawing": 0.0}
         if judge is not None:
             pretrain_judge(models, questions, optimizers["judge_optimizer"])
             print(f"discriminator pretrained: AUC {judge_auc(models, questions):.3f} on held-out questions")
@@ -857,7 +859,7 @@ def train(models: Models, questions: list[Question], run: Path) -> list[dict[str
             started = time.monotonic()
             drawn = negatives_for(models, questions, round_, run)
             batches = round_batches(questions, options, round_)
-            progress["drawing"] = progress.get("drawing", 0.0) + time.monotonic() - started
+            progress["drawing"] += time.monotonic() - started
             for batch in batches[progress["step"] % options.round_steps :]:
                 began = time.monotonic()
                 train_step(models, optimizers, batch, drawn, round_, progress, total)
@@ -876,7 +878,7 @@ def train(models: Models, questions: list[Question], run: Path) -> list[dict[str
             progress["rounds"].append(line)
             progress |= {"sums": {}, "seconds": 0.0, "drawing": 0.0}
             save_checkpoint(run, models, optimizers, progress)
-            write_atomically(run / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in progress["rounds"]))
+            write_jsonl(run / "metrics.jsonl", progress["rounds"])
     return progress["rounds"]
 
 
@@ -988,6 +990,13 @@ class Parser(HfArgumentParser):
     def error(self, message: str) -> Any:
         raise UserError(f"{message}: see --help.")
 
+    def parse(self, argv: Sequence[str] | None) -> list[Any]:
+        """The dataclasses of the command line."""
+        *parts, unknown = self.parse_args_into_dataclasses(argv, return_remaining_strings=True)
+        if unknown:
+            raise UserError(f"{unknown[0]} is not an option: see --help.")
+        return parts
+
 
 def check_options(options: Options) -> None:
     for name in POSITIVE + NOT_NEGATIVE:
@@ -1016,10 +1025,7 @@ def fill_in(options: Options) -> Options:
 def parse_options(argv: Sequence[str] | None = None) -> Options:
     """The command line as Options, checked, with the open defaults filled in."""
     parser = Parser([TaskOptions, MethodOptions, TrainOptions], description=__doc__.split("\n")[0], allow_abbrev=False)
-    *parts, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
-    if unknown:
-        raise UserError(f"{unknown[0]} is not an option: see --help.")
-    options = Options(**{key: value for part in parts for key, value in asdict(part).items()})
+    options = Options(**{key: value for part in parser.parse(argv) for key, value in asdict(part).items()})
     fill_in(options)
     check_options(options)
     return options
@@ -1075,7 +1081,7 @@ def finish(models: Models, task: Task, splits: dict[str, list[Example]], run: Pa
     valid, _ = evaluate(models, task, splits["valid"], "validation")
     result, rows = evaluate(models, task, splits["test"], "test")
     result |= {f"validation {key}": value for key, value in valid.items()}
-    write_atomically(run / "predictions.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    write_jsonl(run / "predictions.jsonl", rows)
     return result
 
 
