@@ -865,6 +865,8 @@ def train(models: Models, questions: list[Question], run: Path) -> list[dict[str
                 train_step(models, optimizers, batch, drawn, round_, progress, total)
                 bar.update()
                 progress["seconds"] += time.monotonic() - began
+                if progress["step"] % options.round_steps == 0:
+                    break  # the checkpoint after this round's line is the next: one before it would lose the line
                 if guard.came or time.monotonic() - saved > 60 * options.save_minutes:
                     save_checkpoint(run, models, optimizers, progress)
                     saved = time.monotonic()
@@ -877,8 +879,11 @@ def train(models: Models, questions: list[Question], run: Path) -> list[dict[str
                         tqdm.write(f"{tokens.cut} of {len(tokens.known)} texts are longer than {flag} and were cut.")
             progress["rounds"].append(line)
             progress |= {"sums": {}, "seconds": 0.0, "drawing": 0.0}
-            save_checkpoint(run, models, optimizers, progress)
+            # the metrics before the checkpoint: after the last checkpoint no round runs again to write them
             write_jsonl(run / "metrics.jsonl", progress["rounds"])
+            save_checkpoint(run, models, optimizers, progress)
+            saved = time.monotonic()
+            guard.stop_if_asked()
     return progress["rounds"]
 
 
@@ -886,6 +891,7 @@ def train_step(models, optimizers, batch, drawn, round_, progress, total) -> Non
     """One step of both optimizers; adds its sums to `progress`."""
     options, step = models.options, progress["step"]
     torch.manual_seed(step_seed(options.seed, step, "step"))
+    random.seed(step_seed(options.seed, step, "step"))  # scheme "sampling" draws from it
     judge_now = step % options.judge_every == 0
     for optimizer in optimizers.values():
         optimizer.zero_grad()

@@ -35,7 +35,12 @@ def student(tmp_path_factory) -> str:
 
 @pytest.fixture
 def small_toy(monkeypatch):
+    """The toy and the one thread of the processes that `start` starts, in this process."""
     monkeypatch.setattr(data, "TOY_SIZES", {"train": 60, "valid": 10, "test": 20})
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def start(student: str, out: Path, *more: str) -> subprocess.Popen:
@@ -276,3 +281,60 @@ def test_real_svamp_with_real_teachers(real_data, student, tmp_path, capsys):
                "--out", str(tmp_path / "run"), *SMALL])  # fmt: skip
     out = capsys.readouterr().out
     assert "4.00 samples" in out and "palm-540b: 48 samples" in out and "llama-3-c" in out and "voted answer" in out
+
+
+@pytest.mark.parametrize("round_", [0, 1, 2])
+@pytest.mark.parametrize("moment", ["before the line", "after the line", "after the metrics"])
+def test_a_run_that_dies_at_the_end_of_a_round_keeps_its_line(
+    whole, student, tmp_path, small_toy, monkeypatch, moment, round_
+):
+    class Killed(BaseException):
+        """What the process does not survive."""
+
+    def dies(function, after, at):
+        def call(*args, **kwargs):
+            result = function(*args, **kwargs) if after else None
+            if at(*args):
+                raise Killed
+            return result if after else function(*args, **kwargs)
+
+        return call
+
+    run = tmp_path / "killed"
+    arguments = ["--student", student, "--out", str(run), "--save-minutes", "0", *SMALL]
+    with monkeypatch.context() as patch:
+        if moment == "after the metrics":
+            of_this_round = lambda path, rows: path.name == "metrics.jsonl" and len(rows) == round_ + 1
+            patch.setattr(qcrd, "write_jsonl", dies(qcrd.write_jsonl, True, of_this_round))
+        else:
+            of_this_round = lambda models, questions, number, progress: number == round_
+            patch.setattr(qcrd, "round_line", dies(qcrd.round_line, moment == "after the line", of_this_round))
+        with pytest.raises(Killed):
+            qcrd.main(arguments)
+    qcrd.main(arguments)
+    assert same_run(whole, run)
+
+
+def test_a_signal_at_the_last_step_of_a_round_stops_after_its_line(whole, student, tmp_path, small_toy, monkeypatch):
+    run = tmp_path / "stopped"
+    arguments = ["--student", student, "--out", str(run), *SMALL]
+    with monkeypatch.context() as patch:
+        step = qcrd.train_step
+
+        def signalled(models, optimizers, batch, drawn, round_, progress, total):
+            step(models, optimizers, batch, drawn, round_, progress, total)
+            if progress["step"] == 6:
+                patch.setattr(qcrd.guard, "came", signal.SIGTERM)
+
+        patch.setattr(qcrd, "train_step", signalled)
+        with pytest.raises(qcrd.Stopped):
+            qcrd.main(arguments)
+    assert [row["round"] for row in metrics(run)] == [0]
+    qcrd.main(arguments)
+    assert same_run(whole, run)
+
+
+def test_the_sampling_scheme_draws_the_same_with_the_same_seed(student, tmp_path, small_toy):
+    for name in ("one", "two"):
+        qcrd.main(["--student", student, "--out", str(tmp_path / name), "--scheme", "sampling", *SMALL])
+    assert same_run(tmp_path / "one", tmp_path / "two")
