@@ -17,9 +17,10 @@ import threading
 import zipfile
 import zlib
 from collections.abc import Callable, Hashable, Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from string import ascii_lowercase
 from typing import Any, NamedTuple
@@ -646,7 +647,7 @@ def ask_api(requests: list[Request], task: Task, name: str, options: Any) -> Ite
 
     def one(request: Request) -> str:
         for attempt in range(API_TRIES):
-            wait = min(60, 2**attempt * API_BACKOFF)
+            pause = min(60, 2**attempt * API_BACKOFF)
             try:
                 reply = client.chat_completion(
                     ask(task, request[0]), model=name, temperature=options.temperature, max_tokens=MAX_TOKENS
@@ -665,20 +666,24 @@ def ask_api(requests: list[Request], task: Task, name: str, options: Any) -> Ite
                         f"--teacher api:{name} refused the request (status {status}): check the model's name and --api-base."
                     )
                 with suppress(ValueError):
-                    wait = max(wait, float(error.response.headers.get("Retry-After", 0)))
+                    pause = max(pause, float(error.response.headers.get("Retry-After", 0)))
             except BROKEN_REPLY as error:
                 problem = type(error).__name__
-            if over.wait(wait):
+            if over.wait(pause):
                 break
         raise UserError(
             f"--teacher api:{name} gave {problem} {API_TRIES} times in a row: start again when it is back, nothing is lost."
         )
 
     over, pool = threading.Event(), ThreadPoolExecutor(options.api_concurrency)
+    left = iter(requests)
     try:
-        futures = {pool.submit(one, request): request for request in requests}
-        for future in as_completed(futures):
-            yield futures[future], future.result()
+        under_way = {pool.submit(one, request): request for request in islice(left, options.api_concurrency)}
+        while under_way:
+            for future in wait(under_way, return_when=FIRST_COMPLETED).done:
+                yield under_way.pop(future), future.result()
+                # only now, when the sample is in the cache: a kill loses the requests under way and no more
+                under_way |= {pool.submit(one, request): request for request in islice(left, 1)}
     finally:
         over.set()
         pool.shutdown(wait=False, cancel_futures=True)
