@@ -20,6 +20,7 @@ from collections.abc import Callable, Hashable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from string import ascii_lowercase
@@ -580,26 +581,36 @@ Answer Choices:
 """
 
 
-def ask(task: Task, example: Example) -> list[dict[str, str]]:
-    """The paper's prompt (its Fig. 3) as chat messages."""
+Chat = list[dict[str, str]]
+
+
+def question_text(example: Example) -> str:
+    """The question as a person would put it, with its answer choices."""
     question = example.input.replace("</s>", "\nHypothesis: ")
     if example.choices and "Answer Choices:" not in question:
         question += f"\nAnswer Choices:{lettered(example.choices)}"
+    return question
+
+
+def ask(task: Task, example: Example) -> Chat:
+    """The paper's prompt (its Fig. 3) as chat messages."""
+    question = question_text(example)
     system = SYSTEM.format(answer_format=task.answer_format)
     return [{"role": "system", "content": system}, {"role": "user", "content": f"Question: {question}"}]
 
 
 Request = tuple[Example, int]  # a question, and the number of the sample
+Answers = Iterator[tuple[Request, str]]
 
 
-def ask_toy(requests: list[Request], task: Task, name: str, options: Any) -> Iterator[tuple[Request, str]]:
+def ask_toy(requests: list[Request], chat: Callable[[Example], Chat], name: str, options: Any) -> Answers:
     """Samples of the toy's own teacher."""
     for example, n in requests:
         assert example.story is not None
         yield (example, n), think(random.Random(f"{example.id}/{n}"), example.story, options.toy_errors)
 
 
-def ask_model(requests: list[Request], task: Task, name: str, options: Any) -> Iterator[tuple[Request, str]]:
+def ask_model(requests: list[Request], chat: Callable[[Example], Chat], name: str, options: Any) -> Answers:
     """Samples of a Hugging Face model, causal or seq2seq, on this machine."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left", trust_remote_code=False)
@@ -614,9 +625,9 @@ def ask_model(requests: list[Request], task: Task, name: str, options: Any) -> I
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     for i in range(0, len(requests), TEACHER_BATCH):
         batch = requests[i : i + TEACHER_BATCH]
-        chats = [ask(task, example) for example, _ in batch]
+        chats = [chat(example) for example, _ in batch]
         if tokenizer.chat_template:
-            texts = [tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) for chat in chats]
+            texts = [tokenizer.apply_chat_template(c, tokenize=False, add_generation_prompt=True) for c in chats]
         else:
             texts = [f"{system['content']}\n\n{SHOTS}{user['content']}\n<Explanation>:" for system, user in chats]
         inputs = tokenizer(
@@ -637,7 +648,7 @@ def ask_model(requests: list[Request], task: Task, name: str, options: Any) -> I
 BROKEN_REPLY = (InferenceTimeoutError, HTTPError, OSError, ValueError, KeyError, IndexError, TypeError, AttributeError)
 
 
-def ask_api(requests: list[Request], task: Task, name: str, options: Any) -> Iterator[tuple[Request, str]]:
+def ask_api(requests: list[Request], chat: Callable[[Example], Chat], name: str, options: Any) -> Answers:
     """Samples of any OpenAI-compatible server; 429, 5xx, cut and slow connections are tried again with backoff."""
     client = InferenceClient(
         base_url=options.api_base or os.environ.get("OPENAI_BASE_URL") or "https://api.openai.com/v1",
@@ -650,7 +661,7 @@ def ask_api(requests: list[Request], task: Task, name: str, options: Any) -> Ite
             pause = min(60, 2**attempt * API_BACKOFF)
             try:
                 reply = client.chat_completion(
-                    ask(task, request[0]), model=name, temperature=options.temperature, max_tokens=MAX_TOKENS
+                    chat(request[0]), model=name, temperature=options.temperature, max_tokens=MAX_TOKENS
                 )
                 content = reply.choices[0].message.content
                 if isinstance(content, str):
@@ -774,7 +785,9 @@ def collect(task: Task, examples: list[Example], teachers: list[str], options: A
         elif Path(teacher).is_file():
             rows = read_samples(Path(teacher))
         else:
-            rows = sampled(task, examples, teacher, k, options)
+            cache = Cache(cache_path(task, teacher, options))
+            outputs = sampled(cache, examples, k, teacher, partial(ask, task), options)
+            rows = ((id, teacher, n, output) for (id, n), output in outputs.items())
         seen: set[tuple[str, str, int]] = set()
         for id, name, sample, output in rows:
             if id in by_id and (id, name, sample) not in seen:
@@ -808,15 +821,13 @@ def default_teacher(task: Task, examples: list[Example], options: Any) -> str:
 
 
 def sampled(
-    task: Task, examples: list[Example], teacher: str, k: int, options: Any
-) -> Iterator[tuple[str, str, int, str]]:
-    """K samples of each question: from the cache, and what is missing from the teacher, into the cache."""
-    cache = Cache(cache_path(task, teacher, options))
+    cache: "Cache", examples: list[Example], k: int, teacher: str, chat: Callable[[Example], Chat], options: Any
+) -> dict[tuple[str, int], str]:
+    """K outputs of each question by (id, sample): from the cache, and what is missing from the teacher, into the cache."""
     known = cache.load()
     missing = [(e, n) for e in examples for n in range(k) if (e.id, n) not in known]
     how = ask_toy if teacher == "toy" else ask_api if teacher.startswith("api:") else ask_model
-    name = teacher.removeprefix("api:")
-    asked = how(missing, task=task, name=name, options=options) if missing else iter(())
+    asked = how(missing, chat, teacher.removeprefix("api:"), options) if missing else iter(())
     try:
         for (example, n), output in tqdm(
             asked, total=len(missing), desc=f"samples of {teacher}", unit="sample", disable=not missing
@@ -826,9 +837,7 @@ def sampled(
     except KeyboardInterrupt:
         print(f"\nStopped: {len(known)} samples are safe in {cache.path}; the same command goes on from there.")
         raise
-    for example in examples:
-        for n in range(k):
-            yield example.id, teacher, n, known[example.id, n]
+    return {(e.id, n): known[e.id, n] for e in examples for n in range(k)}
 
 
 # ----------------------------------------------------------------------------------------------------------------------

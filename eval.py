@@ -1,12 +1,13 @@
 """Score runs, rerun the paper's tables, draw its pictures, and let a judge compare rationales.
 
-python eval.py runs/toy-tiny-qcrd-s0                            # score a run, or any Hugging Face folder
-python eval.py --study ablation --seeds 5                       # a table of the paper: runs what is missing
-python eval.py --plot runs/toy-tiny-qcrd-s0                     # training curves and density of D's scores
-python eval.py runs/A runs/B --judge api:MODEL                  # whose rationales are better?
+python eval.py --runs runs/toy-tiny-qcrd-s0                   # score a run, or any Hugging Face folder
+python eval.py --study ablation --seeds 5                     # a table of the paper: runs what is missing
+python eval.py --runs runs/toy-tiny-qcrd-s0 --plot            # training curves and density of D's scores
+python eval.py --runs runs/A runs/B --judge api:MODEL         # whose rationales are better?
 """
 
 import csv
+import hashlib
 import json
 import math
 import os
@@ -17,7 +18,7 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,12 @@ class Options:
     seeds: int = qcrd.option(5, "seeds of a study: 0, 1, ...")
     jobs: int = qcrd.option(2, "runs of a study side by side")
     options: str = qcrd.option("", 'further options for each run of a study, such as "--rounds 10"')
+    plot: bool = qcrd.option(False, "draw each run's training curves and D's scores, or a study's sizes")
+    judge: str | None = qcrd.option(None, "a chat model or api:MODEL that compares the rationales of two --runs")
+    pairs: int = qcrd.option(50, "rationales to compare")
+    api_base: str | None = qcrd.option(None, "as in qcrd.py")
+    api_concurrency: int = qcrd.option(8, "as in qcrd.py")
+    temperature: float = qcrd.option(0.0, "at which the judge answers")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -150,6 +157,11 @@ def run_missing(options: Options, rows: dict[str, str]) -> None:
         pool.shutdown(wait=False, cancel_futures=True)
 
 
+def results_of(options: Options, row: str) -> list[dict[str, float]]:
+    """The results of a row, a seed each."""
+    return [json.loads((run_path(options, row, s) / "result.json").read_text()) for s in range(options.seeds)]
+
+
 def summary(values: Sequence[float]) -> tuple[float, float]:
     """Mean and standard error of the mean, in points."""
     points = 100 * np.array(values)
@@ -161,10 +173,7 @@ def study(options: Options) -> list[dict[str, Any]]:
     rows = STUDIES[options.study]
     baseline = "--method dss --labels teacher" if options.study == "labels" else "--method dss"
     run_missing(options, rows | {"": baseline})
-    results = {
-        row: [json.loads((run_path(options, row, s) / "result.json").read_text()) for s in range(options.seeds)]
-        for row in {*rows.values(), baseline}
-    }
+    results = {row: results_of(options, row) for row in {*rows.values(), baseline}}
     table = []
     for name, row in rows.items():
         mean, error = summary([r["accuracy"] for r in results[row]])
@@ -240,6 +249,128 @@ def score(folder: str, options: Options) -> dict[str, float]:
     return result
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# Pictures. Okabe and Ito's colours, which colour-blind readers can tell apart, and a line style each.
+
+STYLES = [("#0072B2", "-"), ("#E69F00", "--"), ("#009E73", "-."), ("#CC79A7", ":"), ("#000000", "-"), ("#D55E00", "--")]
+
+
+def draw(path: Path, title: str, x_label: str, y_label: str, lines: dict[str, tuple[Sequence[float], ...]]) -> None:
+    """A line for each name, of (x, y) or (x, y, error), written to `path` as PNG."""
+    import matplotlib.figure  # the only thing that needs it
+
+    axes = (figure := matplotlib.figure.Figure(figsize=(7, 4.5), layout="constrained")).subplots()
+    for (name, line), (color, style) in zip(lines.items(), STYLES * 3):
+        error = line[2] if len(line) == 3 else None
+        axes.errorbar(line[0], line[1], error, label=name, color=color, linestyle=style, capsize=3)
+    axes.set(title=title, xlabel=x_label, ylabel=y_label)
+    axes.legend()
+    figure.savefig(path, dpi=150)
+    print(f"Drawn: {path}")
+
+
+def plot_run(folder: str, options: Options) -> None:
+    """Each loss against the round, and, where there is a discriminator, its scores as in the paper's Fig. 6."""
+    rounds = [row for _, row in data.parse_jsonl(data.read_file(Path(folder) / "metrics.jsonl"), "metrics.jsonl")]
+    losses = {
+        key: ([r["round"] for r in rounds], [r[key] for r in rounds]) for key in rounds[0] if key.startswith("L_")
+    }
+    title = f"Losses of {Path(folder).name}, mean over each round"
+    draw(Path(folder) / "losses.png", title, "round", "loss (nats per token; L_judge: nats)", losses)
+    models, _, _ = open_run(folder, options)
+    if models.judge is None:
+        return
+    _, _, questions = qcrd.prepare(replace(models.options, overwrite=False))
+    held_out = [q for q in questions if q.held_out][:500]
+    groups = {
+        "teacher, positives": [(q, text) for q in held_out for text in q.positives],
+        "teacher, negatives": [(q, text) for q in held_out for text in q.negatives],
+    }
+    for t in (1.5, 2.0):
+        texts = qcrd.generate(models, [q.example.input for q in held_out], "explain", 64, t, f"student at {t}")
+        groups[f"student at temperature {t}"] = list(zip(held_out, texts, strict=True))
+    edges = np.linspace(0, 1, 26)
+    lines = {}
+    for name, pairs in groups.items():
+        if pairs:
+            scores = models.score_constant(*zip(*pairs)).float().cpu().numpy()
+            lines[f"{name} ({len(pairs)})"] = (edges[:-1] + 0.02, np.histogram(scores, edges, density=True)[0])
+    title = "Discriminator's scores on held-out training questions"
+    draw(Path(folder) / "scores.png", title, "score D(x, r)", "density", lines)
+
+
+def plot_size(options: Options) -> None:
+    """Test accuracy against the share of the training set (the paper's Fig. 4), of a finished size study."""
+    lines: dict[str, tuple[list[float], ...]] = {}
+    for name, row in STUDIES["size"].items():
+        mean, error = summary([r["accuracy"] for r in results_of(options, row)])
+        for values, value in zip(
+            lines.setdefault(name.split(",")[0], ([], [], [])), (float(row.split()[-1]), mean, error)
+        ):
+            values.append(100 * value if values is lines[name.split(",")[0]][0] else value)
+    path = Path("runs") / "studies" / f"size-{Path(options.task).stem}-{Path(options.student).name}.png"
+    title = f"{Path(options.task).stem}: accuracy against training-set size, {options.seeds} seeds"
+    draw(path, title, "share of the training questions, %", "test accuracy, % (bars: standard error)", lines)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Whose rationales are better? (the paper's Table 7)
+
+VERDICT = (
+    "You compare two explanations of how to answer a question. Judge whether the reasoning is right, complete and clear,"
+    " not its length or style. Reply with one word: A if explanation A is better, B if explanation B is, tie if neither."
+)
+
+
+def sign_test(a: int, b: int) -> float:
+    """Two-sided p-value of a wins against b, ties left out, if both were equally likely."""
+    tail = sum(math.comb(a + b, i) for i in range(max(a, b), a + b + 1)) / 2 ** (a + b)
+    return min(1.0, 2 * tail)
+
+
+def verdict(forward: str, backward: str) -> str:
+    """A, B or tie out of the replies for (A, B) and (B, A): only where both orders agree is one better."""
+    first, second = (re.match(r"\W*(a|b|tie)\b", reply.strip().lower()) for reply in (forward, backward))
+    agreed = first and second and {("a", "b"): "A", ("b", "a"): "B"}.get((first[1], second[1]))
+    return agreed or "tie"
+
+
+def compare(options: Options) -> dict[str, int]:
+    """Let a teacher compare the rationales of two scored runs, each pair in both orders; counts of A, tie and B."""
+    if len(options.runs) != 2:
+        raise UserError("--judge compares two runs: name two with --runs.")
+    config = json.loads(data.read_file(Path(options.runs[0]) / "config.json"))
+    splits = data.load_task(config["task"], config["data"])[1]
+    sides = []
+    for run in options.runs:
+        rows = data.parse_jsonl(data.read_file(Path(run) / "predictions.jsonl"), f"{run}/predictions.jsonl")
+        sides.append({row["id"]: row["rationale"] for _, row in rows if row.get("rationale")})
+    both = [e for e in splits["test"] if e.id in sides[0] and e.id in sides[1]][: options.pairs]
+    if not both:
+        raise UserError(
+            f"--judge: {' and '.join(options.runs)} have no rationales of the same questions: score them first."
+        )
+    asked = []
+    for e in both:
+        for order in ((0, 1), (1, 0)):
+            texts = "\n\n".join(f"Explanation {'AB'[n]}: {sides[side][e.id]}" for n, side in enumerate(order))
+            asked.append(data.Example(f"{e.id}/{order[0]}", f"Question: {data.question_text(e)}\n\n{texts}", e.label))
+
+    def chat(e: data.Example) -> data.Chat:
+        return [{"role": "system", "content": VERDICT}, {"role": "user", "content": e.input}]
+
+    identity = hashlib.sha256(json.dumps([options.judge, options.temperature, [chat(e) for e in asked]]).encode())
+    cache = data.Cache(data.CACHE / "verdicts" / f"{identity.hexdigest()[:16]}.jsonl")
+    replies = data.sampled(cache, asked, 1, options.judge or "", chat, options)
+    counts = Counter(verdict(replies[f"{e.id}/0", 0], replies[f"{e.id}/1", 0]) for e in both)
+    result = {"A": counts["A"], "tie": counts["tie"], "B": counts["B"]}
+    print(f"A is {options.runs[0]}, B is {options.runs[1]}; {len(both)} questions, both orders")
+    print(
+        ", ".join(f"{k} {v}" for k, v in result.items()), f"(sign test p = {sign_test(counts['A'], counts['B']):.3f})"
+    )
+    return result
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = qcrd.Parser([Options], description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
     (options,) = parser.parse(argv)
@@ -249,10 +380,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         if options.seeds < 1 or options.jobs < 1:
             raise UserError("--seeds and --jobs must be at least 1.")
         study(options)
+        if options.plot and options.study == "size":
+            plot_size(options)
+    elif options.judge:
+        compare(options)
+        return
     elif not options.runs:
         raise UserError("nothing to do: name --runs to score, or a --study.")
     for run in options.runs:
-        score(run, options)
+        (plot_run if options.plot else score)(run, options)
 
 
 if __name__ == "__main__":

@@ -117,6 +117,7 @@ TINY = {"batch_size": 32, "lr": 4e-3, "judge_lr": 1e-3, "judge_steps": 300, "rou
 DEFAULT_ROUNDS, PUBLISHED_STEPS = 20, 10_000  # the paper gives no number of rounds; DSS trains for 10,000 steps at most
 ALPHA3_DECAY = 0.9
 WARMUP = 50  # steps in which the learning rate rises
+GROUP_TOKENS = 2048  # tokens that a pass over rationales or pairs reads at once
 WRITE_BATCH = 512  # questions answered at once
 LABEL_TOKENS = 64
 ANSWER_MARK = "So the answer is"  # between rationale and label in the single-task target
@@ -370,26 +371,45 @@ class Models:
                 hidden = hidden * self.student.config.d_model**-0.5
             return self.student.lm_head(hidden), targets[real], real.nonzero()[:, 0]
 
-    def nll(self, states: Tensor, mask: Tensor, rows: Sequence[np.ndarray]) -> Tensor:
-        """l(f(x), r): the token-mean cross-entropy of each target row, (N,), in nats per token."""
-        return token_mean(*self.decode(states, mask, rows), len(rows))
+    def nll(self, states: Tensor, mask: Tensor, rows: Sequence[np.ndarray], at: Sequence[int]) -> Tensor:
+        """l(f(x), r): the token-mean cross-entropy of each target row, (N,), in nats per token.
+
+        Target i belongs to the encoder states of row at[i].
+        """
+
+        def losses(group: list[int]) -> Tensor:
+            own = torch.tensor([at[i] for i in group], device=states.device)
+            return token_mean(*self.decode(states[own], mask[own], [rows[i] for i in group]), len(group))
+
+        return in_groups(losses, rows)
 
     def score(self, questions: Sequence[Question], rationales: Sequence[str]) -> Tensor:
         """D(x, r), (N,), of pairs of a question and a rationale."""
-        pairs = zip(self.inputs([q.example.input for q in questions]), self.targets(rationales), strict=True)
-        ids, mask = self.pad_inputs([np.concatenate(pair) for pair in pairs])
+        inputs, targets = self.inputs([q.example.input for q in questions]), self.targets(rationales)
+        rows = [np.concatenate(pair) for pair in zip(inputs, targets, strict=True)]
         with self.autocast():
-            return self.judge(ids, mask)
+            return in_groups(lambda group: self.judge(*self.pad_inputs([rows[i] for i in group])), rows)
 
     def score_constant(self, questions: Sequence[Question], rationales: Sequence[str]) -> Tensor:
         """The same without gradients and dropout: what weighs L_cl and what is reported."""
         self.judge.eval()
         with torch.no_grad():
-            scores = torch.cat(
-                [self.score(questions[i : i + 256], rationales[i : i + 256]) for i in range(0, len(questions), 256)]
-            )
+            scores = self.score(questions, rationales)
         self.judge.train()
         return scores
+
+
+def in_groups(function: Callable[[list[int]], Tensor], rows: Sequence[np.ndarray]) -> Tensor:
+    """function(indices) -> one number each, called on groups of rows of like length: little padding, little memory."""
+    groups: list[list[int]] = []
+    for i in sorted(range(len(rows)), key=lambda i: -len(rows[i])):
+        if groups and (len(groups[-1]) + 1) * len(rows[groups[-1][0]]) <= GROUP_TOKENS:
+            groups[-1].append(i)
+        else:
+            groups.append([i])
+    order = torch.tensor([i for group in groups for i in group])
+    values = torch.cat([function(group) for group in groups])
+    return values[order.argsort().to(values.device)]
 
 
 def token_mean(logits: Tensor, targets: Tensor, row: Tensor, n: int) -> Tensor:
@@ -400,11 +420,13 @@ def token_mean(logits: Tensor, targets: Tensor, row: Tensor, n: int) -> Tensor:
 
 def grid(values: Tensor, owner: Sequence[int], n: int) -> tuple[Tensor, Tensor]:
     """Values (R,) of rationales laid out by question, (n, most rationales of one), and the mask of the real ones."""
-    rows, columns = torch.tensor(owner, dtype=torch.long), torch.zeros(len(owner), dtype=torch.long)
-    for i in range(n):
-        columns[rows == i] = torch.arange(int((rows == i).sum()))
-    place = (rows.to(values.device), columns.to(values.device))
-    out = values.new_zeros(n, int(columns.max()) + 1 if len(owner) else 0)
+    seen: Counter[int] = Counter()
+    columns = [(seen[i], seen.update([i]))[0] for i in owner]
+    place = (
+        torch.tensor(owner, dtype=torch.long, device=values.device),
+        torch.tensor(columns, dtype=torch.long, device=values.device),
+    )
+    out = values.new_zeros(n, max(columns, default=-1) + 1)
     mask = torch.zeros_like(out, dtype=torch.bool)
     return out.index_put(place, values), mask.index_put(place, torch.ones_like(values, dtype=torch.bool))
 
@@ -438,7 +460,6 @@ def rationale_loss(
         zero = states.sum() * 0
         return zero, zero.detach(), zero.detach()
     ids = models.targets(texts)
-    at = torch.tensor(owner, device=states.device)
 
     def loss_at(nll: Tensor, score: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         cut = len(pos)
@@ -457,7 +478,7 @@ def rationale_loss(
     nll = torch.zeros(len(ids), device=states.device)
     if neg or len(pos) > len(set(owner)):  # something to choose
         with torch.no_grad():
-            nll = models.nll(states[at], mask[at], ids)
+            nll = models.nll(states, mask, ids, owner)
     score = torch.full_like(nll, 0.5)
     if models.judge is not None:  # only the chosen rationales' scores are ever used, except by the weighted mean
         rated = torch.ones_like(nll) if options.scheme == "wmean" else derivative(nll, score)
@@ -468,7 +489,7 @@ def rationale_loss(
     kept = weight.nonzero()[:, 0]
     if not len(kept):
         return states.sum() * 0, *(term.detach() for term in loss_at(nll, score)[1:])
-    kept_nll = models.nll(states[at[kept]], mask[at[kept]], [ids[i] for i in kept.tolist()])
+    kept_nll = models.nll(states, mask, [ids[i] for i in kept.tolist()], [owner[i] for i in kept.tolist()])
     nll[kept] = kept_nll.detach()
     value, pos_term, neg_term = loss_at(nll, score)
     pull = (weight[kept] * kept_nll).sum()
@@ -834,21 +855,27 @@ def negatives_for(models: Models, questions: list[Question], round_: int, run: P
     return {row["id"]: row["output"] for _, row in data.parse_jsonl(data.read_file(source), str(source))}
 
 
-def train(models: Models, questions: list[Question], run: Path) -> list[dict[str, Any]]:
-    """All rounds, from the last checkpoint where there is one; the metrics of each round."""
-    options, student, judge = models.options, models.student, models.judge
-    optimizers = {
-        "student_optimizer": torch.optim.AdamW(student.parameters(), options.lr, fused=models.device.type == "cuda")
+def make_optimizers(models: Models) -> dict[str, torch.optim.Optimizer]:
+    """AdamW of the student, and of what the discriminator trains of its own."""
+    options, judge = models.options, models.judge
+    optimizers: dict[str, torch.optim.Optimizer] = {
+        "student_optimizer": torch.optim.AdamW(models.student.parameters(), options.lr, fused=True)
     }
     if judge is not None:
         trained = judge.parameters() if options.judge == "own" else judge.mlp.parameters()
-        optimizers["judge_optimizer"] = torch.optim.AdamW(trained, options.judge_lr)
+        optimizers["judge_optimizer"] = torch.optim.AdamW(trained, options.judge_lr, fused=True)
+    return optimizers
+
+
+def train(models: Models, questions: list[Question], run: Path) -> list[dict[str, Any]]:
+    """All rounds, from the last checkpoint where there is one; the metrics of each round."""
+    options, optimizers = models.options, make_optimizers(models)
     progress = load_checkpoint(run, models, optimizers)
     if progress is not None:
         print(f"Going on from step {progress['step']} of {options.rounds * options.round_steps}.")
     else:
         progress = {"step": 0, "sums": {}, "rounds": [], "seconds": 0.0, "drawing": 0.0}
-        if judge is not None:
+        if models.judge is not None:
             pretrain_judge(models, questions, optimizers["judge_optimizer"])
             print(f"discriminator pretrained: AUC {judge_auc(models, questions):.3f} on held-out questions")
         save_checkpoint(run, models, optimizers, progress)

@@ -1,5 +1,7 @@
 """Scoring and studies."""
 
+import json
+import re
 import subprocess
 import sys
 
@@ -8,8 +10,10 @@ import pytest
 import data
 import eval as evaluation
 import qcrd
+from data import UserError
 from tests.conftest import ROOT
 from tests.test_runs import SMALL, student  # noqa: F401
+from tests.test_teachers import KEY, Server
 
 
 def test_distinct_2_is_distinct_word_pairs_over_all():
@@ -64,3 +68,64 @@ def test_studies_share_the_runs_they_have_in_common():
     options = evaluation.Options(study="methods")
     assert evaluation.STUDIES["methods"]["dss"] == evaluation.STUDIES["ablation"]["dss"]
     assert evaluation.run_path(options, "--method dss", 3).name == "tiny-method-dss-s3"
+
+
+@pytest.mark.parametrize(
+    ("forward", "backward", "expected"),
+    [("A", "B", "A"), ("b.", "**A**", "B"), ("A", "A", "tie"), ("tie", "B", "tie"), ("", "nonsense", "tie")],
+)
+def test_one_is_better_only_where_both_orders_agree(forward, backward, expected):
+    assert evaluation.verdict(forward, backward) == expected
+
+
+def test_the_sign_test_is_the_two_sided_binomial_one():
+    assert evaluation.sign_test(3, 0) == pytest.approx(0.25)  # 2 / 2 ** 3
+    assert evaluation.sign_test(1, 4) == pytest.approx(2 * (5 + 1) / 32)
+    assert evaluation.sign_test(2, 2) == 1 and evaluation.sign_test(0, 0) == 1
+
+
+def two_runs(tmp_path) -> list[str]:
+    """Scored runs on the toy: the first's rationales are good, but for one question where the second's is."""
+    for name, good in (("one", "wins"), ("two", "loses")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps({"task": "toy", "data": ""}))
+        rows = [{"id": f"toy-test-{i}", "rationale": f"it {good} {i}"} for i in range(4)]
+        rows[3]["rationale"] = f"it {'loses' if name == 'one' else 'wins'}"
+        qcrd.write_jsonl(tmp_path / name / "predictions.jsonl", rows)
+    return [str(tmp_path / "one"), str(tmp_path / "two")]
+
+
+def test_a_judge_compares_two_runs_in_both_orders_and_asks_nothing_twice(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "CACHE", tmp_path)
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    server = Server(answer=lambda text: re.findall("Explanation (A|B): it wins", text)[0])
+    options = evaluation.Options(runs=two_runs(tmp_path), judge="api:m", api_base=server.url)
+    assert evaluation.compare(options) == {"A": 3, "tie": 0, "B": 1}
+    assert len(server.times) == 8
+    assert evaluation.compare(options) == {"A": 3, "tie": 0, "B": 1} and len(server.times) == 8
+    first_only = Server(answer=lambda text: "A")  # a judge that always takes the first has no opinion
+    options = evaluation.Options(runs=options.runs, judge="api:m", api_base=first_only.url, temperature=0.1)
+    assert evaluation.compare(options) == {"A": 0, "tie": 4, "B": 0}
+    with pytest.raises(UserError, match="two runs"):
+        evaluation.compare(evaluation.Options(runs=["one"], judge="api:m"))
+
+
+def test_pictures_of_a_run_are_drawn(student, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(data, "TOY_SIZES", {"train": 60, "valid": 10, "test": 20})
+    run = tmp_path / "run"
+    qcrd.main(["--student", student, "--out", str(run), *SMALL])
+    evaluation.main(["--runs", str(run), "--plot"])
+    for name in ("losses.png", "scores.png"):
+        assert (run / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_size_study_is_drawn_from_its_results(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    options = evaluation.Options(study="size", seeds=2)
+    for row in evaluation.STUDIES["size"].values():
+        for seed in range(2):
+            out = evaluation.run_path(options, row, seed)
+            out.mkdir(parents=True)
+            (out / "result.json").write_text(json.dumps({"accuracy": 0.5 + seed / 10}))
+    evaluation.plot_size(options)
+    assert (tmp_path / "runs" / "studies" / "size-toy-tiny.png").read_bytes().startswith(b"\x89PNG")

@@ -80,13 +80,15 @@ def test_two_passes_give_the_loss_and_gradient_of_all_rationales_at_once(scheme,
         assert torch.allclose(fast_grad[name], grad, atol=1e-5), name
 
 
-def test_the_padded_batch_equals_a_loop_over_single_sequences():
+@pytest.mark.parametrize("tokens", [1, 30, 10_000])  # one row a pass, a few, all
+def test_groups_of_like_length_equal_a_loop_over_single_sequences(tokens, monkeypatch):
+    monkeypatch.setattr(qcrd, "GROUP_TOKENS", tokens)
     models = small_models(make_options())
     batch, _ = a_batch(1)
     labels = [q.label for q in batch]
     inputs = [models.tokenizer("predict: " + q.example.input).input_ids for q in batch]
     states, mask = models.encode([torch.tensor(x).numpy() for x in inputs])
-    together = models.nll(states, mask, models.targets(labels))
+    together = models.nll(states, mask, models.targets(labels), range(len(labels)))
     alone = torch.stack([slow_nll(models, "predict:", q.example.input, q.label) for q in batch])
     assert torch.allclose(together, alone, atol=1e-5)
 

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -24,14 +25,21 @@ from tests.helpers import make_options, tokenizer
 KEY = "sk-this-must-never-be-written"
 
 
+def explain(question: str) -> str:
+    return f"<Explanation>: {question[:40]}\n<Answer>: ( 1 + 1 )"
+
+
 class Server(ThreadingHTTPServer):
     """Chat completions on loopback; `faults` are played one a request before it answers properly."""
 
     daemon_threads = True
     request_queue_size = 128
 
-    def __init__(self, faults: tuple[str, ...] = (), delay: float = 0.0) -> None:
+    def __init__(
+        self, faults: tuple[str, ...] = (), delay: float = 0.0, answer: Callable[[str], str] = explain
+    ) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
+        self.answer = answer
         self.faults, self.delay = list(faults), delay
         self.times: list[float] = []
         self.bodies: list[dict] = []
@@ -81,7 +89,7 @@ class Handler(BaseHTTPRequestHandler):
         else:
             if fault == "slow":
                 time.sleep(2.0)
-            content = f"<Explanation>: {request['messages'][1]['content'][:40]}\n<Answer>: ( 1 + 1 )"
+            content = server.answer(request["messages"][1]["content"])
             message = {"choices": [{"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": content}}],
                        "id": "x", "created": 0, "model": request["model"], "system_fingerprint": "", "usage": {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2}}  # fmt: skip
             self.reply(200, json.dumps(message).encode(), Content_Type="application/json")
