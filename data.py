@@ -16,7 +16,7 @@ import re
 import threading
 import zipfile
 import zlib
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -96,7 +96,7 @@ def equation_value(text: str) -> float | None:
     def value(node: ast.AST) -> float:
         if isinstance(node, ast.Expression):
             return value(node.body)
-        if isinstance(node, ast.Constant) and type(node.value) in (int, float):
+        if isinstance(node, ast.Constant) and isinstance(node.value, int | float):
             return node.value
         if isinstance(node, ast.BinOp) and type(node.op) in OPERATORS:
             return OPERATORS[type(node.op)](value(node.left), value(node.right))
@@ -200,8 +200,8 @@ def find_choice(text: str, choices: tuple[str, ...]) -> str | None:
         if re.match(re.escape(choice.lower()) + r"(?!\w)", plain):
             return choice
     named = []
-    for letter, choice in zip(ascii_lowercase, choices):
-        place = re.search(rf"(?<!\w){re.escape(choice.lower())}(?!\w)|\({letter}\)|\bchoice {letter}\b", text.lower())
+    for name, choice in zip(ascii_lowercase, choices):
+        place = re.search(rf"(?<!\w){re.escape(choice.lower())}(?!\w)|\({name}\)|\bchoice {name}\b", text.lower())
         named += [(place.start(), choice)] if place else []
     return min(named)[1] if named else None
 
@@ -531,7 +531,8 @@ STEP = re.compile(r"(\d+) ([+-]) (\d+) = (\d+)")
 
 def toy_splits() -> dict[str, list[Example]]:
     """The same stories every time, no story twice."""
-    rng, stories = random.Random("toy"), {}
+    rng = random.Random("toy")
+    stories: dict[str, Story] = {}
     while len(stories) < sum(TOY_SIZES.values()):
         story = toy_story(rng)
         stories[story.input()] = story
@@ -615,9 +616,8 @@ def ask_model(requests: list[Request], chat: Callable[[Example], Chat], name: st
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left", trust_remote_code=False)
         seq2seq = AutoConfig.from_pretrained(name, trust_remote_code=False).is_encoder_decoder
-        model = (AutoModelForSeq2SeqLM if seq2seq else AutoModelForCausalLM).from_pretrained(
-            name, trust_remote_code=False
-        )
+        kind: Any = AutoModelForSeq2SeqLM if seq2seq else AutoModelForCausalLM
+        model = kind.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise UserError(f"--teacher {name} cannot be loaded: {first_line(error)}")
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -774,6 +774,7 @@ def collect(task: Task, examples: list[Example], teachers: list[str], options: A
     k = options.k or 5
     samples: dict[str, list[Sample]] = {}
     for teacher in teachers or [default_teacher(task, examples, options)]:
+        rows: Iterable[tuple[str, str, int, str]]
         if teacher == "own":
             rows = (
                 (e.id, "own", 0, f"<Explanation>: {e.rationale}\n<Answer>: {e.label}") for e in examples if e.rationale
@@ -901,9 +902,10 @@ def tiny_student() -> Path:
             rng = random.Random("tiny")
             tokenizer = tiny_tokenizer(rng)
             torch.manual_seed(0)
-            model = T5ForConditionalGeneration(T5Config(
-                vocab_size=len(tokenizer), d_model=64, d_kv=16, d_ff=128, num_layers=2, num_decoder_layers=2, num_heads=4,
-                dropout_rate=0.0, decoder_start_token_id=0, pad_token_id=0, eos_token_id=1))  # fmt: skip
+            shape: Any = {"d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4, "dropout_rate": 0.0}
+            shape |= {"vocab_size": len(tokenizer), "decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 1}
+            config = T5Config(**shape)
+            model = T5ForConditionalGeneration(config)
             pretrain_tiny(model, tokenizer, rng)
             temporary = path.with_name(f"{path.name}.tmp")
             model.save_pretrained(temporary)
@@ -913,7 +915,7 @@ def tiny_student() -> Path:
 
 
 def pretrain_tiny(model: T5ForConditionalGeneration, tokenizer: T5Tokenizer, rng: random.Random) -> None:
-    sentinels = tokenizer.convert_tokens_to_ids([f"<extra_id_{i}>" for i in range(20)])
+    sentinels: Any = tokenizer.convert_tokens_to_ids([f"<extra_id_{i}>" for i in range(20)])
     optimizer = torch.optim.AdamW(model.parameters(), TINY_LR)
 
     def padded(rows: list[list[int]], value: int) -> torch.Tensor:

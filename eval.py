@@ -37,12 +37,12 @@ class Options:
     task: str = qcrd.option("toy", "as in qcrd.py; a run directory knows its own")
     data: str = qcrd.option(data.DSS_ZIP, "as in qcrd.py")
     student: str = qcrd.option("tiny", "of a study, as in qcrd.py")
-    study: str | None = qcrd.option(None, "methods, ablation, schemes, negatives, judge, labels or size")
+    study: str = qcrd.option("", "methods, ablation, schemes, negatives, judge, labels or size")
     seeds: int = qcrd.option(5, "seeds of a study: 0, 1, ...")
     jobs: int = qcrd.option(2, "runs of a study side by side")
     options: str = qcrd.option("", 'further options for each run of a study, such as "--rounds 10"')
     plot: bool = qcrd.option(False, "draw each run's training curves and D's scores, or a study's sizes")
-    judge: str | None = qcrd.option(None, "a chat model or api:MODEL that compares the rationales of two --runs")
+    judge: str = qcrd.option("", "a chat model or api:MODEL that compares the rationales of two --runs")
     pairs: int = qcrd.option(50, "rationales to compare")
     api_base: str | None = qcrd.option(None, "as in qcrd.py")
     api_concurrency: int = qcrd.option(8, "as in qcrd.py")
@@ -255,7 +255,7 @@ def score(folder: str, options: Options) -> dict[str, float]:
 STYLES = [("#0072B2", "-"), ("#E69F00", "--"), ("#009E73", "-."), ("#CC79A7", ":"), ("#000000", "-"), ("#D55E00", "--")]
 
 
-def draw(path: Path, title: str, x_label: str, y_label: str, lines: dict[str, tuple[Sequence[float], ...]]) -> None:
+def draw(path: Path, title: str, x_label: str, y_label: str, lines: dict[str, Any]) -> None:
     """A line for each name, of (x, y) or (x, y, error), written to `path` as PNG."""
     import matplotlib.figure  # the only thing that needs it
 
@@ -361,7 +361,7 @@ def compare(options: Options) -> dict[str, int]:
 
     identity = hashlib.sha256(json.dumps([options.judge, options.temperature, [chat(e) for e in asked]]).encode())
     cache = data.Cache(data.CACHE / "verdicts" / f"{identity.hexdigest()[:16]}.jsonl")
-    replies = data.sampled(cache, asked, 1, options.judge or "", chat, options)
+    replies = data.sampled(cache, asked, 1, options.judge, chat, options)
     counts = Counter(verdict(replies[f"{e.id}/0", 0], replies[f"{e.id}/1", 0]) for e in both)
     result = {"A": counts["A"], "tie": counts["tie"], "B": counts["B"]}
     print(f"A is {options.runs[0]}, B is {options.runs[1]}; {len(both)} questions, both orders")
@@ -372,7 +372,8 @@ def compare(options: Options) -> dict[str, int]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = qcrd.Parser([Options], description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
+    dataclasses: Any = [Options]
+    parser = qcrd.Parser(dataclasses, description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
     (options,) = parser.parse(argv)
     if options.study:
         if options.study not in STUDIES:

@@ -40,7 +40,7 @@ import data
 from data import Example, Sample, Task, UserError, first_line
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Options. A default of None is one that depends on the student: the published setting, or one tuned for `tiny`.
+# Options. A default of None is settled later: by fill_in, for `tiny` or for any other student, and by prepare.
 
 
 def option(default: Any, help: str) -> Any:
@@ -82,21 +82,19 @@ class MethodOptions:
     mi_weight: float = option(0.1, "weight of the mutual-information term of mi")
     judge: Literal["own", "frozen", "shared", "none"] = option("own", "the discriminator's encoder: a trained copy, a frozen one, the student's own; none: no quality weights")  # fmt: skip
     judge_loss: Literal["paper", "bce"] = option("bce", "eq. 2, or binary cross-entropy")
-    judge_lr: float | None = option(None, "the discriminator's learning rate (default 5e-5; tiny 1e-3)")
-    judge_steps: int | None = option(
-        None, "of the discriminator's pretraining (default 500, the paper's most; tiny 300)"
-    )
+    judge_lr: float = option(None, "the discriminator's learning rate (default 5e-5; tiny 1e-3)")
+    judge_steps: int = option(None, "of the discriminator's pretraining (default 500, the paper's most; tiny 300)")
     judge_every: int = option(4, "steps between two updates of the discriminator")
 
 
 @dataclass
 class TrainOptions:
     student: str = option("tiny", "tiny, or a seq2seq model: a Hugging Face name or a folder")
-    rounds: int | None = option(None, "the paper's iterations (default 20, or as many as make 10,000 steps; tiny 10)")
-    round_steps: int | None = option(None, "steps in a round (default: one pass over the training set)")
-    batch_size: int | None = option(None, "questions a step (default 64; tiny 32)")
+    rounds: int = option(None, "the paper's iterations (default 20, or as many as make 10,000 steps; tiny 10)")
+    round_steps: int = option(None, "steps in a round (default: one pass over the training set)")
+    batch_size: int = option(None, "questions a step (default 64; tiny 32)")
     grad_accum: int = option(1, "parts in which a batch is computed, to save memory")
-    lr: float | None = option(None, "AdamW's learning rate, falling linearly to 0 (default 5e-5; tiny 4e-3)")
+    lr: float = option(None, "AdamW's learning rate, falling linearly to 0 (default 5e-5; tiny 4e-3)")
     max_input: int = option(1024, "tokens at which inputs are cut")
     max_target: int = option(256, "tokens at which labels and rationales are cut")
     precision: Literal["auto", "fp32", "bf16"] = option("auto", "auto: bf16 where the hardware gains from it")
@@ -267,14 +265,15 @@ class Question:
 
 def vote(task: Task, examples: list[Example], samples: dict[str, list[Sample]], options: Options) -> list[Question]:
     """Turn each question's samples into positives and negatives, and print what the vote did."""
-    questions, tally = [], Counter()
+    questions: list[Question] = []
+    tally: Counter[Any] = Counter()
     for number, example in enumerate(examples):
         own = samples.get(example.id, [])
         winner, pos, neg = self_consistency([task.key(sample.answer) for sample in own])
         positives = list(dict.fromkeys(own[i].rationale for i in pos if own[i].rationale))
         negatives = list(dict.fromkeys(own[i].rationale for i in neg if own[i].rationale))
         tally += Counter(positives=len(positives), negatives=len(negatives), voted=len(pos) > 0)
-        tally["right"] += winner is not None and winner == task.key(example.label)
+        tally["right"] += 1 if winner is not None and winner == task.key(example.label) else 0
         for sample in own:
             parsed, right = task.key(sample.answer) is not None, task.correct(sample.answer, example)
             tally += Counter({"samples": 1, ("of", sample.teacher): 1})
@@ -296,8 +295,8 @@ def vote(task: Task, examples: list[Example], samples: dict[str, list[Sample]], 
         )
         print(f"voted answer: {tally['right'] / max(1, tally['voted']):.1%} of {tally['voted']} right")
     for teacher in sorted({sample.teacher for own in samples.values() for sample in own}):
-        of, parsed, right = (tally[(name, teacher)] for name in ("of", "parsed", "right"))
-        print(f"  {teacher}: {of} samples, {of - parsed} unparsable, {right / max(1, parsed):.1%} of the parsed right")
+        of, usable, good = (tally[(name, teacher)] for name in ("of", "parsed", "right"))
+        print(f"  {teacher}: {of} samples, {of - usable} unparsable, {good / max(1, usable):.1%} of the parsed right")
     return questions
 
 
@@ -326,7 +325,8 @@ class Models:
     """The student and its discriminator on one device, with everything that turns text into their batches."""
 
     def __init__(self, student: Any, tokenizer: Any, judge: Discriminator | None, options: Options) -> None:
-        self.student, self.tokenizer, self.judge, self.options = student, tokenizer, judge, options
+        self.student, self.tokenizer, self.options = student, tokenizer, options
+        self.judge: Any = judge  # None where the method has no discriminator
         self.device = next(student.parameters()).device
         self.inputs, self.targets = Tokens(tokenizer, options.max_input - 4), Tokens(tokenizer, options.max_target)
         self.predict, self.explain = (np.array(tokenizer(p).input_ids[:-1], np.int32) for p in ("predict:", "explain:"))
@@ -465,11 +465,9 @@ def rationale_loss(
         cut = len(pos)
         (pos_nll, pos_mask), (neg_nll, neg_mask) = grid(nll[:cut], owner[:cut], n), grid(nll[cut:], owner[cut:], n)
         pos_score, neg_score = grid(score[:cut], owner[:cut], n)[0], grid(score[cut:], owner[cut:], n)[0]
-        if models.judge is None:
-            pos_score = neg_score = None
-        return contrastive_loss(
-            pos_nll, pos_mask, neg_nll, neg_mask, pos_score, neg_score, options.beta, options.delta, options.scheme
-        )
+        scores = {} if models.judge is None else {"pos_score": pos_score, "neg_score": neg_score}
+        settings: Any = scores | {"beta": options.beta, "delta": options.delta, "scheme": options.scheme}
+        return contrastive_loss(pos_nll, pos_mask, neg_nll, neg_mask, **settings)
 
     def derivative(nll: Tensor, score: Tensor) -> Tensor:
         leaf = nll.detach().requires_grad_()
@@ -482,13 +480,14 @@ def rationale_loss(
     score = torch.full_like(nll, 0.5)
     if models.judge is not None:  # only the chosen rationales' scores are ever used, except by the weighted mean
         rated = torch.ones_like(nll) if options.scheme == "wmean" else derivative(nll, score)
-        rated = rated.nonzero()[:, 0].tolist()
-        if rated:
-            score[rated] = models.score_constant([batch[owner[i]] for i in rated], [texts[i] for i in rated])
+        chosen = rated.nonzero()[:, 0].tolist()
+        if chosen:
+            score[chosen] = models.score_constant([batch[owner[i]] for i in chosen], [texts[i] for i in chosen])
     weight = derivative(nll, score)  # (R,)
     kept = weight.nonzero()[:, 0]
     if not len(kept):
-        return states.sum() * 0, *(term.detach() for term in loss_at(nll, score)[1:])
+        _, pos_term, neg_term = loss_at(nll, score)
+        return states.sum() * 0, pos_term.detach(), neg_term.detach()
     kept_nll = models.nll(states, mask, [ids[i] for i in kept.tolist()], [owner[i] for i in kept.tolist()])
     nll[kept] = kept_nll.detach()
     value, pos_term, neg_term = loss_at(nll, score)
@@ -1057,7 +1056,8 @@ def fill_in(options: Options) -> Options:
 
 def parse_options(argv: Sequence[str] | None = None) -> Options:
     """The command line as Options, checked, with the open defaults filled in."""
-    parser = Parser([TaskOptions, MethodOptions, TrainOptions], description=__doc__.split("\n")[0], allow_abbrev=False)
+    parts: Any = [TaskOptions, MethodOptions, TrainOptions]
+    parser = Parser(parts, description=__doc__.split("\n")[0], allow_abbrev=False)
     options = Options(**{key: value for part in parser.parse(argv) for key, value in asdict(part).items()})
     fill_in(options)
     check_options(options)
