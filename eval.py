@@ -125,11 +125,9 @@ def run_path(options: Options, row: str, seed: int) -> Path:
 
 def run_missing(options: Options, rows: dict[str, str]) -> None:
     """Train every row and seed that has no result yet, `jobs` at a time, each on its share of the cores."""
-    # a fixed student's run needs the dss run of its seed, so dss runs come first
-    missing = [
-        (row, seed) for row in sorted(set(rows.values()), key=lambda r: "dss" not in r) for seed in range(options.seeds)
-    ]
+    missing = [(row, seed) for row in set(rows.values()) for seed in range(options.seeds)]
     missing = [(row, seed) for row, seed in missing if not (run_path(options, row, seed) / "result.json").exists()]
+    missing.sort(key=lambda run: (run[1], run[0]))
     threads = str(max(1, (os.cpu_count() or 1) // options.jobs))
 
     def one(row: str, seed: int) -> None:
@@ -150,9 +148,12 @@ def run_missing(options: Options, rows: dict[str, str]) -> None:
 
     pool = ThreadPoolExecutor(options.jobs)
     try:
-        futures = [pool.submit(one, row, seed) for row, seed in missing]
-        for future in tqdm(as_completed(futures), total=len(futures), desc=f"study {options.study}", unit="run"):
-            future.result()
+        with tqdm(total=len(missing), desc=f"study {options.study}", unit="run") as bar:
+            # what needs the dss run of its seed waits until all dss runs are there
+            for wave in ([run for run in missing if "DSS" not in run[0]], [run for run in missing if "DSS" in run[0]]):
+                for future in as_completed([pool.submit(one, row, seed) for row, seed in wave]):
+                    future.result()
+                    bar.update()
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
 

@@ -1,12 +1,23 @@
 """The equations, with numbers worked out by hand."""
 
+import inspect
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
 from torch import tensor
 
-from qcrd import contrastive_loss, judge_loss, mutual_information_loss, self_consistency, token_mean, total_loss
+from qcrd import (
+    Discriminator,
+    contrastive_loss,
+    judge_loss,
+    mutual_information_loss,
+    self_consistency,
+    token_mean,
+    total_loss,
+)
 
 YES = torch.ones(1, 2, dtype=torch.bool)
 POS, NEG = tensor([[0.5, 1.5]]), tensor([[1.0, 2.0]])  # l of two positives and two negatives, in nats per token
@@ -144,3 +155,37 @@ def test_a_tie_goes_to_the_answer_that_came_first():
 def test_no_parsable_sample_gives_no_winner():
     assert self_consistency([None, None]) == (None, [], [])
     assert self_consistency([]) == (None, [], [])
+
+
+NOTEBOOK = """
+import math
+from collections.abc import Hashable, Sequence
+from types import SimpleNamespace
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+{pasted}
+
+winner, pos, neg = self_consistency(["12", "12", "7", None])
+assert (winner, pos, neg) == ("12", [0, 1], [2])
+words = nn.Embedding(10, 4)
+judge = Discriminator(lambda input_ids, attention_mask: SimpleNamespace(last_hidden_state=words(input_ids)), 4)
+ids = torch.tensor([[1, 2, 3], [4, 5, 0], [6, 0, 0]])
+score = judge(ids, (ids != 0).long())
+nll = torch.tensor([0.4, 0.9, 1.5], requires_grad=True)
+loss, pos_term, neg_term = contrastive_loss(
+    nll[None, pos], torch.ones(1, 2, dtype=torch.bool), nll[None, neg], torch.ones(1, 1, dtype=torch.bool),
+    score[None, pos], score[None, neg])
+loss.backward()
+assert torch.allclose(pos_term, 0.4 * score[0]) and torch.allclose(neg_term, (1.5 - 3) * (1 - score[2]))
+assert torch.allclose(nll.grad, torch.stack([score[0], score[0] * 0, -0.2 * (1 - score[2])]).detach())
+print("it works")
+"""
+
+
+def test_the_three_names_work_pasted_into_a_notebook(tmp_path):
+    pasted = "\n\n".join(inspect.getsource(part) for part in (self_consistency, Discriminator, contrastive_loss))
+    (tmp_path / "notebook.py").write_text(NOTEBOOK.replace("{pasted}", pasted))
+    done = subprocess.run([sys.executable, "notebook.py"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.stdout == "it works\n", done.stderr
