@@ -304,11 +304,9 @@ def plot_size(options: Options) -> None:
     """Test accuracy against the share of the training set (the paper's Fig. 4), of a finished size study."""
     lines: dict[str, tuple[list[float], ...]] = {}
     for name, row in STUDIES["size"].items():
-        mean, error = summary([r["accuracy"] for r in results_of(options, row)])
-        for values, value in zip(
-            lines.setdefault(name.split(",")[0], ([], [], [])), (float(row.split()[-1]), mean, error)
-        ):
-            values.append(100 * value if values is lines[name.split(",")[0]][0] else value)
+        share, (mean, error) = 100 * float(row.split()[-1]), summary([r["accuracy"] for r in results_of(options, row)])
+        shares, means, errors = lines.setdefault(name.split(",")[0], ([], [], []))
+        shares.append(share), means.append(mean), errors.append(error)
     path = Path("runs") / "studies" / f"size-{Path(options.task).stem}-{Path(options.student).name}.png"
     title = f"{Path(options.task).stem}: accuracy against training-set size, {options.seeds} seeds"
     draw(path, title, "share of the training questions, %", "test accuracy, % (bars: standard error)", lines)

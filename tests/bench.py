@@ -13,7 +13,6 @@ Weights are random and --delta is so large that every negative is active: no ste
 import argparse
 import io
 import logging
-import resource
 import statistics
 import subprocess
 import sys
@@ -295,8 +294,11 @@ def main() -> None:
     logging.disable(logging.WARNING)
     if options.memory_of:
         contenders(options.student, load_questions(options.data), options.batch, [])[options.memory_of]()(options.steps)
-        rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-        print(torch.cuda.max_memory_allocated() / 1e9 if DEVICE.type == "cuda" else rss)
+        if DEVICE.type == "cuda":
+            print(torch.cuda.max_memory_allocated() / 1e9)
+        else:  # not ru_maxrss, which a child inherits from its parent
+            status = Path("/proc/self/status").read_text()
+            print(int(status.split("VmHWM:")[1].split()[0]) / 1e6)
         return
     with tempfile.TemporaryDirectory() as folder:
         student = Path(folder)

@@ -129,3 +129,11 @@ def test_the_size_study_is_drawn_from_its_results(tmp_path, monkeypatch):
             (out / "result.json").write_text(json.dumps({"accuracy": 0.5 + seed / 10}))
     evaluation.plot_size(options)
     assert (tmp_path / "runs" / "studies" / "size-toy-tiny.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_readme_names_the_line_of_every_function_on_its_map():
+    code = (ROOT / "qcrd.py").read_text().split("\n")
+    rows = re.findall(r"\| `(\w+)` \| (\d+) \|", (ROOT / "README.md").read_text())
+    assert len(rows) >= 10
+    for name, line in rows:
+        assert re.match(rf"(def|class) {name}\b", code[int(line) - 1]), f"{name} is not at line {line} of qcrd.py"

@@ -1,6 +1,7 @@
 """One training step: the fast path against the obvious one, and who gets a gradient from what."""
 
 import random
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -81,9 +82,9 @@ def test_two_passes_give_the_loss_and_gradient_of_all_rationales_at_once(scheme,
 
 
 @pytest.mark.parametrize("tokens", [1, 30, 10_000])  # one row a pass, a few, all
-def test_groups_of_like_length_equal_a_loop_over_single_sequences(tokens, monkeypatch):
-    monkeypatch.setattr(qcrd, "GROUP_TOKENS", tokens)
+def test_groups_of_like_length_equal_a_loop_over_single_sequences(tokens):
     models = small_models(make_options())
+    models.group_tokens = tokens
     batch, _ = a_batch(1)
     labels = [q.label for q in batch]
     inputs = [models.tokenizer("predict: " + q.example.input).input_ids for q in batch]
@@ -157,3 +158,37 @@ def test_grid_lays_values_out_by_question():
     values, mask = grid(torch.tensor([1.0, 2.0, 3.0]), [0, 2, 0], 3)
     assert values.tolist() == [[1, 3], [0, 0], [2, 0]]
     assert mask.tolist() == [[True, True], [False, False], [True, False]]
+
+
+def test_fast_dropout_keeps_the_right_share_scales_it_and_repeats_by_seed():
+    layer, x = qcrd.Dropout(0.1), torch.ones(999, 101, requires_grad=True)
+    torch.manual_seed(0)
+    out = layer(x)
+    assert set(out.unique().tolist()) == {0.0, torch.tensor(1 / 0.9).item()}
+    assert (out == 0).float().mean().item() == pytest.approx(0.1, abs=0.005)  # five standard deviations of 1e5 draws
+    assert (
+        abs(torch.corrcoef(torch.stack([(out[:, :-1] == 0).flatten(), (out[:, 1:] == 0).flatten()]).float())[0, 1])
+        < 0.02
+    )
+    out.sum().backward()
+    assert torch.equal(x.grad, out.detach())
+    torch.manual_seed(0)
+    assert torch.equal(layer(x), out)
+    assert layer.eval()(x) is x
+
+
+@pytest.mark.parametrize("judge", ["own", "shared"])
+def test_in_bf16_one_autocast_around_the_step_gives_the_gradients_of_many(judge):
+    grads = []
+    for around in (True, False):
+        models = small_models(make_options(precision="bf16", judge=judge))
+        batch, drawn = a_batch()
+        with models.autocast() if around else nullcontext():
+            loss, _ = step_loss(models, batch, drawn, 0, judge_now=True)
+        loss.backward()
+        parts = {"student": models.student, "judge": models.judge}
+        grads.append({f"{k}.{n}": p.grad for k, part in parts.items() for n, p in part.named_parameters()})
+    assert grads[0].keys() == grads[1].keys()
+    for name, grad in grads[0].items():
+        assert grad is not None and grads[1][name] is not None, name
+        assert torch.allclose(grad, grads[1][name], rtol=0.1, atol=1e-2), name
