@@ -305,8 +305,8 @@ def plot_size(options: Options) -> None:
     lines: dict[str, tuple[list[float], ...]] = {}
     for name, row in STUDIES["size"].items():
         share, (mean, error) = 100 * float(row.split()[-1]), summary([r["accuracy"] for r in results_of(options, row)])
-        shares, means, errors = lines.setdefault(name.split(",")[0], ([], [], []))
-        shares.append(share), means.append(mean), errors.append(error)
+        for values, value in zip(lines.setdefault(name.split(",")[0], ([], [], [])), (share, mean, error)):
+            values.append(value)
     path = Path("runs") / "studies" / f"size-{Path(options.task).stem}-{Path(options.student).name}.png"
     title = f"{Path(options.task).stem}: accuracy against training-set size, {options.seeds} seeds"
     draw(path, title, "share of the training questions, %", "test accuracy, % (bars: standard error)", lines)
