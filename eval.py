@@ -372,7 +372,7 @@ def compare(options: Options) -> dict[str, int]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     dataclasses: Any = [Options]
-    parser = qcrd.Parser(dataclasses, description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
+    parser = qcrd.Parser(dataclasses, (__doc__ or "").split("\n")[0])
     (options,) = parser.parse(argv)
     if options.study:
         if options.study not in STUDIES:

@@ -19,6 +19,7 @@ import signal
 import sys
 import time
 import zlib
+from argparse import SUPPRESS, Action, ArgumentDefaultsHelpFormatter
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from contextlib import nullcontext, suppress
@@ -49,8 +50,9 @@ def option(default: Any, help: str) -> Any:
 
 @dataclass
 class TaskOptions:
+    _argument_group_name = "the task and its teacher"
     task: str = option("toy", "toy, svamp, cqa, anli, esnli, or a JSON Lines file with input and label in each row")
-    data: str = option(data.DSS_ZIP, "the DSS release, datasets.zip: a file or a URL")
+    data: str = option(data.DSS_ZIP, "the DSS release: a file or a URL")
     train_size: float | None = option(None, "how many training questions to use: a count, or a fraction up to 1")
     labels: Literal["gold", "teacher"] = option("gold", "what predict: learns: gold labels, or the voted answers")
     teacher: list[str] = field(default_factory=list, metadata={"help": "palm, a Hugging Face model, api:MODEL, or a JSON Lines file of samples; several are pooled"})  # fmt: skip
@@ -65,6 +67,7 @@ class TaskOptions:
 
 @dataclass
 class MethodOptions:
+    _argument_group_name = "the method"
     method: Literal["finetune", "single", "dss", "mi", "qcrd"] = option("qcrd", "the paper's method or a baseline")
     positives: Literal["all", "one"] = option("all", "of qcrd: all voted rationales, or one unvoted as in dss")
     fixed_student: str | None = option(None, "of --negatives fixed: the run directory of a finished dss run")
@@ -89,12 +92,15 @@ class MethodOptions:
 
 @dataclass
 class TrainOptions:
+    _argument_group_name = "the training"
     student: str = option("tiny", "tiny, or a seq2seq model: a Hugging Face name or a folder")
     rounds: int = option(None, "the paper's iterations (default 20, or as many as make 10,000 steps; tiny 12)")
     round_steps: int = option(None, "steps in a round (default: one pass over the training set)")
     batch_size: int = option(None, "questions a step (default 64; tiny 16)")
     grad_accum: int = option(1, "parts in which a batch is computed, to save memory")
-    lr: float = option(None, "AdamW's learning rate, falling linearly to 0 (default 5e-5; tiny 3e-3)")
+    lr: float = option(
+        None, "AdamW's learning rate, falling linearly to 0 (default 5e-5; tiny 3e-3, its finetune 2e-3)"
+    )
     max_input: int = option(1024, "tokens at which inputs are cut")
     max_target: int = option(256, "tokens at which labels and rationales are cut")
     precision: Literal["auto", "fp32", "bf16"] = option("auto", "auto: bf16 where the hardware gains from it")
@@ -1038,8 +1044,27 @@ POSITIVE = ("k", "train_size", "api_concurrency", "student_temperature", "judge_
 NOT_NEGATIVE = ("temperature", "toy_errors", "lag", "alpha1", "alpha2", "alpha3", "beta", "delta", "mi_weight", "seed", "save_minutes")  # fmt: skip
 
 
+class Help(ArgumentDefaultsHelpFormatter):
+    """One line an option, as far as it fits; a default of None is told in words."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=34, width=120)
+
+    def _format_action_invocation(self, action: Action) -> str:
+        return action.option_strings[-1] + f" {self._format_args(action, 'X') if action.nargs != '?' else ''}".rstrip()
+
+    def _get_help_string(self, action: Action) -> str:
+        known = action.default not in (None, "", [], SUPPRESS) and action.default is not False
+        return f"{action.help} (default {action.default})" if known else action.help or ""
+
+
 class Parser(HfArgumentParser):
     """Bad options end in one sentence instead of the usage."""
+
+    def __init__(self, parts: Any, description: str) -> None:
+        super().__init__(
+            parts, description=description, allow_abbrev=False, formatter_class=Help, usage="%(prog)s [options]"
+        )
 
     def error(self, message: str) -> Any:
         raise UserError(f"{message}: see --help.")
@@ -1082,7 +1107,7 @@ def fill_in(options: Options) -> Options:
 def parse_options(argv: Sequence[str] | None = None) -> Options:
     """The command line as Options, checked, with the open defaults filled in."""
     parts: Any = [TaskOptions, MethodOptions, TrainOptions]
-    parser = Parser(parts, description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = Parser(parts, (__doc__ or "").split("\n")[0])
     options = Options(**{key: value for part in parser.parse(argv) for key, value in asdict(part).items()})
     fill_in(options)
     check_options(options)

@@ -265,3 +265,12 @@ def test_both_parsers_survive_anything():
             data.parse_output(task, example, text)
         data.equation_value(text)
         assert time.monotonic() - started < 2, text[:10]
+
+
+def test_help_fits_two_screens_and_groups_the_options(capsys):
+    with pytest.raises(SystemExit):
+        qcrd.main(["--help"])
+    text = capsys.readouterr().out
+    assert text.count("\n") <= 66 and max(map(len, text.split("\n"))) <= 120
+    for part in ("the task and its teacher:", "the method:", "the training:", "--seed X", "(default 0)"):
+        assert part in text
