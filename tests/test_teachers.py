@@ -1,5 +1,6 @@
 """Teachers and their cache against real parts: a loopback server with faults, a local model, killed processes."""
 
+import functools
 import json
 import os
 import random
@@ -261,10 +262,12 @@ def test_a_local_model_is_sampled_in_batches(tmp_path, monkeypatch, kind):
         save_causal(folder, chat=kind == "chat")
     options = make_options(k=3)
     examples = data.toy_splits()["train"][:7]
-    rows = list(data.sampled(TASKS["toy"], examples, str(folder), 3, options))
-    assert Counter(id for id, *_ in rows) == {e.id: 3 for e in examples}
-    assert len({output for *_, output in rows}) > 10  # sampled, not one greedy answer
-    assert list(data.sampled(TASKS["toy"], examples, str(folder), 3, options)) == rows  # from the cache
+    cache, chat = Cache(tmp_path / "samples.jsonl"), functools.partial(data.ask, TASKS["toy"])
+    outputs = data.sampled(cache, examples, 3, str(folder), chat, options)
+    assert Counter(id for id, _ in outputs) == {e.id: 3 for e in examples}
+    assert len(set(outputs.values())) > 10  # sampled, not one greedy answer
+    monkeypatch.setattr(data, "ask_model", None)  # the second time all comes from the cache
+    assert data.sampled(cache, examples, 3, str(folder), chat, options) == outputs
 
 
 def test_several_teachers_are_pooled(tmp_path, monkeypatch):
