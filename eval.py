@@ -50,25 +50,32 @@ class Options:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Studies: a table of the paper is a list of rows, and a row is a set of options
+# Studies: a table of the paper is a list of rows, and a row is a set of options; "" is the whole method as it is by
+# default, so that studies share its runs
 
 STUDIES: dict[str, dict[str, str]] = {
-    "methods": {name: f"--method {name}" for name in ("finetune", "single", "dss", "mi", "qcrd")},
+    "methods": {**{name: f"--method {name}" for name in ("finetune", "single", "dss", "mi")}, "qcrd": ""},
     "ablation": {
         "dss": "--method dss",
         "+ several denoised positives (ED)": "--negatives none --judge none",
         "+ negatives (NK)": "--judge none",
         "+ quality judge (QJ): qcrd": "",
     },
-    "schemes": {name: f"--scheme {name}" for name in ("minmax", "maxmin", "sampling", "mean", "wmean")},
+    "schemes": {"minmax": "", **{name: f"--scheme {name}" for name in ("maxmin", "sampling", "mean", "wmean")}},
     "negatives": {
-        **{f"student, j = {j}": f"--lag {j}" for j in (3, 5, 10)},
+        **{f"student, j = {j}": f"--lag {j}" if j != 5 else "" for j in (3, 5, 10)},
         "fixed dss student": "--negatives fixed --fixed-student DSS",
         "teacher's minority only (SC)": "--negatives teacher",
     },
-    "judge": {f"{e}, {loss}": f"--judge {e} --judge-loss {loss}" for e in ("own", "frozen", "shared") for loss in ("paper", "bce")},
+    "judge": {
+        f"{e}, {loss}": f"--judge {e} --judge-loss {loss}" if (e, loss) != ("own", "bce") else ""
+        for e in ("own", "frozen", "shared") for loss in ("paper", "bce")
+    },
     "labels": {name: f"--method {name} --labels teacher" for name in ("dss", "mi", "qcrd")},
-    "size": {f"{m}, {s:.0%}": f"--method {m} --train-size {s}" for s in (0.25, 0.5, 0.75, 1.0) for m in ("dss", "qcrd")},
+    "size": {
+        f"{m}, {s:.0%}": " ".join([o] * (o != "") + [f"--train-size {s}"] * (s < 1))
+        for s in (0.25, 0.5, 0.75, 1.0) for m, o in (("dss", "--method dss"), ("qcrd", ""))
+    },
 }  # fmt: skip
 
 # The paper's own figures (T5-base and T5-small), shown beside ours where task and student are the paper's.
@@ -304,7 +311,10 @@ def plot_size(options: Options) -> None:
     """Test accuracy against the share of the training set (the paper's Fig. 4), of a finished size study."""
     lines: dict[str, tuple[list[float], ...]] = {}
     for name, row in STUDIES["size"].items():
-        share, (mean, error) = 100 * float(row.split()[-1]), summary([r["accuracy"] for r in results_of(options, row)])
+        share, (mean, error) = (
+            float(name.split(", ")[1].strip("%")),
+            summary([r["accuracy"] for r in results_of(options, row)]),
+        )
         for values, value in zip(lines.setdefault(name.split(",")[0], ([], [], [])), (share, mean, error)):
             values.append(value)
     path = Path("runs") / "studies" / f"size-{Path(options.task).stem}-{Path(options.student).name}.png"

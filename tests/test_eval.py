@@ -67,6 +67,12 @@ def test_a_study_runs_what_is_missing_and_goes_on(student, tmp_path):  # noqa: F
 def test_studies_share_the_runs_they_have_in_common():
     options = evaluation.Options(study="methods")
     assert evaluation.STUDIES["methods"]["dss"] == evaluation.STUDIES["ablation"]["dss"]
+    whole = {"methods": "qcrd", "ablation": "+ quality judge (QJ): qcrd", "schemes": "minmax",
+             "negatives": "student, j = 5", "judge": "own, bce", "size": "qcrd, 100%"}  # fmt: skip
+    assert [evaluation.STUDIES[study][row] for study, row in whole.items()] == [""] * 6
+    defaults = qcrd.parse_options([])
+    assert (defaults.method, defaults.scheme, defaults.lag, defaults.judge) == ("qcrd", "minmax", 5, "own")
+    assert (defaults.judge_loss, defaults.negatives, defaults.positives) == ("bce", "student", "all")
     assert evaluation.run_path(options, "--method dss", 3).name == "tiny-method-dss-s3"
 
 
