@@ -249,15 +249,17 @@ def table(student: Path, options: argparse.Namespace) -> None:
             if repeat:  # the first round warms up
                 times[name].append(seconds)
     speed = {name: options.batch / statistics.median(seconds) for name, seconds in times.items()}
-    memory = {name: peak_memory(name, student, options) for name in runs}
     peer = "Seq2SeqTrainer, dss"
-    print("| | examples/s | ratio to the trainer | peak GB | ratio |\n|---|---|---|---|---|")
+    print("| | examples/s | ratio to the trainer |\n|---|---|---|")
     for name in runs:
-        print(
-            f"| {name} | {speed[name]:.2f} | {speed[name] / speed[peer]:.2f} | {memory[name]:.2f} | {memory[name] / memory[peer]:.2f} |"
-        )
+        print(f"| {name} | {speed[name]:.2f} | {speed[name] / speed[peer]:.2f} |")
     print(f"\nqcrd against obvious qcrd: {speed['ours, qcrd'] / speed['obvious qcrd']:.1f} times")
-    print(f"share of qcrd's time that writes negatives: {statistics.median(shares[1:]):.0%}")
+    print(f"share of qcrd's time that writes negatives: {statistics.median(shares[1:]):.0%}", flush=True)
+    runs.clear()
+    memory = {name: peak_memory(name, student, options) for name in speed}
+    print("\n| | peak GB | ratio to the trainer |\n|---|---|---|")
+    for name in memory:
+        print(f"| {name} | {memory[name]:.2f} | {memory[name] / memory[peer]:.2f} |")
 
 
 def grow(student: Path, options: argparse.Namespace) -> None:
