@@ -258,8 +258,8 @@ def table(student: Path, options: argparse.Namespace) -> None:
     runs.clear()
     memory = {name: peak_memory(name, student, options) for name in speed}
     print("\n| | peak GB | ratio to the trainer |\n|---|---|---|")
-    for name in memory:
-        print(f"| {name} | {memory[name]:.2f} | {memory[name] / memory[peer]:.2f} |")
+    for name, gigabytes in memory.items():
+        print(f"| {name} | {gigabytes:.2f} | {gigabytes / memory[peer]:.2f} |")
 
 
 def grow(student: Path, options: argparse.Namespace) -> None:
