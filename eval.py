@@ -18,7 +18,7 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -288,14 +288,15 @@ def plot_run(folder: str, options: Options) -> None:
     models, _, _ = open_run(folder, options)
     if models.judge is None:
         return
-    _, _, questions = qcrd.prepare(replace(models.options, overwrite=False))
+    _, _, questions = qcrd.prepare(models.options)
     held_out = [q for q in questions if q.held_out][:500]
     groups = {
         "teacher, positives": [(q, text) for q in held_out for text in q.positives],
         "teacher, negatives": [(q, text) for q in held_out for text in q.negatives],
     }
+    limit = qcrd.rationale_limit(models, questions)
     for t in (1.5, 2.0):
-        texts = qcrd.generate(models, [q.example.input for q in held_out], "explain", 64, t, f"student at {t}")
+        texts = qcrd.generate(models, [q.example.input for q in held_out], "explain", limit, t, f"student at {t}")
         groups[f"student at temperature {t}"] = list(zip(held_out, texts, strict=True))
     edges = np.linspace(0, 1, 26)
     lines = {}
@@ -311,11 +312,9 @@ def plot_size(options: Options) -> None:
     """Test accuracy against the share of the training set (the paper's Fig. 4), of a finished size study."""
     lines: dict[str, tuple[list[float], ...]] = {}
     for name, row in STUDIES["size"].items():
-        share, (mean, error) = (
-            float(name.split(", ")[1].strip("%")),
-            summary([r["accuracy"] for r in results_of(options, row)]),
-        )
-        for values, value in zip(lines.setdefault(name.split(",")[0], ([], [], [])), (share, mean, error)):
+        method, share = name.split(", ")
+        point = (float(share.strip("%")), *summary([r["accuracy"] for r in results_of(options, row)]))
+        for values, value in zip(lines.setdefault(method, ([], [], [])), point, strict=True):
             values.append(value)
     path = Path("runs") / "studies" / f"size-{Path(options.task).stem}-{Path(options.student).name}.png"
     title = f"{Path(options.task).stem}: accuracy against training-set size, {options.seeds} seeds"

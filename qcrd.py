@@ -423,7 +423,7 @@ def in_groups(function: Callable[[list[int]], Tensor], rows: Sequence[np.ndarray
 
 
 class Dropout(nn.Dropout):
-    """nn.Dropout for CPUs, in a fifth of the time: one 64-bit random number decides about four elements."""
+    """nn.Dropout for CPUs, where drawing is slow: one 64-bit random number decides about four elements."""
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or self.p == 0:
