@@ -21,7 +21,7 @@ from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import islice
+from itertools import accumulate, islice, pairwise
 from pathlib import Path
 from string import ascii_lowercase
 from typing import Any, NamedTuple
@@ -30,20 +30,12 @@ import filelock
 import numpy as np
 import sentencepiece
 import torch
+import transformers
 from huggingface_hub import InferenceClient
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, InferenceTimeoutError
 from huggingface_hub.file_download import http_get
 from safetensors import SafetensorError
 from tqdm import tqdm
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSeq2SeqLM,
-    AutoTokenizer,
-    T5Config,
-    T5ForConditionalGeneration,
-    T5Tokenizer,
-)
 
 DSS_ZIP = "https://github.com/google-research/distilling-step-by-step/raw/main/datasets.zip"
 MAX_TOKENS, TEACHER_BATCH = 512, 16  # of a teacher's answer; of a local teacher's questions at once
@@ -366,9 +358,7 @@ def load_task(name: str, data: str = DSS_ZIP, train_size: float | None = None) -
         train = splits["train"]
         count = round(train_size * len(train)) if train_size <= 1 else int(train_size)
         if not 1 <= count <= len(train):
-            raise UserError(
-                f"--train-size {train_size:g} asks for {count} of {len(train)} examples: name 1 to {len(train)}."
-            )
+            raise UserError(f"--train-size {train_size:g} asks for {count} examples: name 1 to {len(train)}.")
         order = np.random.default_rng(0).permutation(len(train))[:count]
         splits["train"] = [train[i] for i in sorted(order)]
     return task, splits
@@ -377,10 +367,13 @@ def load_task(name: str, data: str = DSS_ZIP, train_size: float | None = None) -
 # ----------------------------------------------------------------------------------------------------------------------
 # toy: arithmetic stories whose rationales can be checked exactly
 
-NAMES = ["Anna", "Ben", "Carla", "David", "Emma", "Felix", "Greta", "Hugo"]
-THINGS = ["apples", "books", "cards", "coins", "eggs", "pens", "shells", "toys"]
+NAMES = ["Anna", "Ben", "Carla", "David", "Emma"]
+THINGS = ["apples", "books", "cards", "coins", "eggs"]
 VERBS = {"bought": 1, "found": 1, "lost": -1, "sold": -1, "gave": -1}  # what the verb does to the actor's count
 LARGEST = 20  # no count goes beyond: small enough for a tiny student to learn the sums by heart
+EVENTS = (1, 2, 2, 3)  # how many events a question has, each of these equally often
+TOY_VERSION = 3  # raised when the stories change, so that old samples are not taken for theirs
+TOY_SIZES = {"train": 2000, "valid": 500, "test": 1000}
 
 
 class Step(NamedTuple):
@@ -415,34 +408,6 @@ class Event:
         return self.n if person == self.to else VERBS[self.verb] * self.n
 
 
-def random_event(rng: random.Random, people: list[str], thing: str, matters: bool) -> Event:
-    """What happens to the first of `people`, who is asked about, where it matters, and to any of them where not."""
-    who, to = people if matters else rng.sample(people, 2)
-    verb = rng.choice([*VERBS, "got" if matters else "gave"])
-    if verb == "got":
-        who, to, verb = to, who, "gave"
-    return Event(who, verb, rng.randint(2, 9), thing, to if verb == "gave" else "")
-
-
-def follow(start: int, changes: list[int]) -> list[Step] | None:
-    """The steps `a + b = c` or `a - b = c` that the changes make of `start`; None where a count leaves the range."""
-    steps, count = [], start
-    for change in changes:
-        steps.append(Step(count, "+" if change > 0 else "-", abs(change), count + change))
-        count += change
-        if not 0 <= count <= LARGEST:
-            return None
-    return steps
-
-
-def equation(start: int, changes: list[int]) -> str:
-    """The steps as one SVAMP-style equation: `( ( 7 + 5 ) - 2 )`."""
-    text = str(start)
-    for change in changes:
-        text = f"( {text} {'+' if change > 0 else '-'} {abs(change)} )"
-    return text
-
-
 @dataclass(frozen=True)
 class Story:
     """A question about how many `thing` somebody has in the end, after events of which only some matter."""
@@ -460,79 +425,37 @@ class Story:
         return " ".join(told) + f"\nHow many {self.thing} does {self.person} have now?"
 
 
+def follow(start: int, changes: list[int]) -> list[Step] | None:
+    """The steps that the changes make of `start`; None where a count leaves the range."""
+    counts = list(accumulate(changes, initial=start))
+    if not all(0 <= count <= LARGEST for count in counts):
+        return None
+    return [Step(a, "+" if c > a else "-", abs(c - a), c) for a, c in pairwise(counts)]
+
+
+def equation(start: int, changes: list[int]) -> str:
+    """The steps as one SVAMP-style equation: `( ( 7 + 5 ) - 2 )`."""
+    text = str(start)
+    for change in changes:
+        text = f"( {text} {'+' if change > 0 else '-'} {abs(change)} )"
+    return text
+
+
 def random_story(rng: random.Random, count: int) -> Story:
-    """`count` events, at least one that matters; the others, two in five, are about another thing."""
+    """`count` events, at least one that matters; the others, two in five, are about another thing and anybody."""
     while True:
-        people, things = rng.sample(NAMES, 2), rng.sample(THINGS, 2)
-        events = []
+        people, things, events = rng.sample(NAMES, 2), rng.sample(THINGS, 2), []
         for _ in range(count):
             matters = rng.random() < 0.6
-            events.append(random_event(rng, people, things[0 if matters else 1], matters))
+            who, to = people if matters else rng.sample(people, 2)
+            verb = rng.choice([*VERBS, "got" if matters else "gave"])
+            if verb == "got":
+                who, to, verb = to, who, "gave"
+            n = rng.randint(2, 9)
+            events.append(Event(who, verb, n, things[0 if matters else 1], to if verb == "gave" else ""))
         story = Story(people[0], things[0], rng.randint(2, 12), tuple(events))
         if story.changes() and follow(story.start, story.changes()):
             return story
-
-
-def toy_story(rng: random.Random) -> Story:
-    """A question of the toy: one to three events, half of the time three."""
-    return random_story(rng, rng.choice((1, 2, 3, 3)))
-
-
-def think(rng: random.Random, story: Story, error_rate: float) -> str:
-    """One sample of the built-in teacher: an explanation and the answer that follows from it, in the paper's format.
-
-    With probability `error_rate` the reasoning goes wrong as a person's would: a wrong operation, a wrong number,
-    a step left out, or a step too many.
-    """
-    told = [(event, event.change(story.person, story.thing)) for event in story.events]
-    right = [(event, change) for event, change in told if change]
-    others = [event for event, change in told if not change]
-    while True:
-        used = list(right)
-        if rng.random() < error_rate:
-            i = rng.randrange(len(used))
-            event, change = used[i]
-            error = rng.choice(["operation", "number", "left out", "too many"])
-            if error == "operation":
-                used[i] = (event, -change)
-            elif error == "number":
-                n = rng.choice([e.n for e in others] or [abs(change) - 1, abs(change) + 1])
-                used[i] = (replace(event, n=n), n if change > 0 else -n)
-            elif error == "left out" and len(used) > 1:
-                del used[i]
-            elif others:
-                extra = rng.choice(others)
-                used.insert(rng.randint(0, len(used)), (extra, rng.choice((1, -1)) * extra.n))
-            if used == right:
-                continue
-        changes = [change for _, change in used]
-        steps = follow(story.start, changes)
-        if steps:
-            break
-    style = rng.randrange(3)
-    if style == 0:
-        lines = [f"{story.person} had {story.start} {story.thing}."]
-        lines += [f"{event}, so {step}." for (event, _), step in zip(used, steps, strict=True)]
-        lines += [f"Now {story.person} has {steps[-1].c} {story.thing}."]
-    elif style == 1:
-        lines = [f"The story starts with {story.start} {story.thing}."]
-        lines += [
-            f"After that {event.who} {event.verb} {event.n}: {step}."
-            for (event, _), step in zip(used, steps, strict=True)
-        ]
-        lines += [f"That makes {steps[-1].c}."]
-    else:
-        lines = [f"At first there are {story.start}."]
-        for (event, _), step in zip(used, steps, strict=True):
-            what = "Add" if step.op == "+" else "Take away"
-            lines.append(f"{what} {step.b} because {event.who} {event.verb} {event.n}: {step}.")
-        lines += [f"In the end {story.person} has {steps[-1].c}."]
-    return f"<Explanation>: {' '.join(lines)}\n<Answer>: {equation(story.start, changes)}"
-
-
-TOY_VERSION = 2  # raised when the stories change, so that old samples are not taken for theirs
-TOY_SIZES = {"train": 2000, "valid": 500, "test": 1000}
-STEP = re.compile(r"(\d+) ([+-]) (\d+) = (\d+)")
 
 
 def toy_splits() -> dict[str, list[Example]]:
@@ -540,16 +463,16 @@ def toy_splits() -> dict[str, list[Example]]:
     rng = random.Random("toy")
     stories: dict[str, Story] = {}
     while len(stories) < sum(TOY_SIZES.values()):
-        story = toy_story(rng)
+        story = random_story(rng, rng.choice(EVENTS))
         stories[story.input()] = story
-    left, splits = iter(stories.items()), {}
-    for split, size in TOY_SIZES.items():
-        chosen = [next(left) for _ in range(size)]
-        splits[split] = [
+    left = iter(stories.items())
+    return {
+        split: [
             Example(f"toy-{split}-{i}", text, equation(story.start, story.changes()), story=story)
-            for i, (text, story) in enumerate(chosen)
+            for i, (text, story) in enumerate(islice(left, size))
         ]
-    return splits
+        for split, size in TOY_SIZES.items()
+    }
 
 
 def is_valid(example: Example, rationale: str) -> bool | None:
@@ -560,9 +483,59 @@ def is_valid(example: Example, rationale: str) -> bool | None:
     if example.story is None:
         return None
     gold = follow(example.story.start, example.story.changes())
-    told = [Step(int(a), op, int(b), int(c)) for a, op, b, c in STEP.findall(rationale[:2000])]
+    told = re.findall(r"(\d+) ([+-]) (\d+) = (\d+)", rationale[:2000])
     numbers = re.findall(r"\d+", rationale[:2000])
-    return told == gold and int(numbers[-1]) == gold[-1].c
+    return [Step(int(a), op, int(b), int(c)) for a, op, b, c in told] == gold and int(numbers[-1]) == gold[-1].c
+
+
+def wrong_events(rng: random.Random, right: list[tuple[Event, int]], others: list[Event]) -> list[tuple[Event, int]]:
+    """What somebody counts who gets one thing wrong: an operation, a number, a step left out or a step too many."""
+    used, i = list(right), rng.randrange(len(right))
+    event, change = used[i]
+    error = rng.choice(["operation", "number", "left out", "too many"])
+    if error == "operation":
+        used[i] = (event, -change)
+    elif error == "number":
+        n = rng.choice([e.n for e in others] or [abs(change) - 1, abs(change) + 1])
+        used[i] = (replace(event, n=n), n if change > 0 else -n)
+    elif error == "left out" and len(used) > 1:
+        del used[i]
+    elif others:
+        extra = rng.choice(others)
+        used.insert(rng.randint(0, len(used)), (extra, rng.choice((1, -1)) * extra.n))
+    return used
+
+
+STYLES = [  # how an explanation opens, tells a step, and closes
+    ("{s.person} had {s.start} {s.thing}.", "{event}, so {step}.", "Now {s.person} has {end} {s.thing}."),
+    ("The story starts with {s.start} {s.thing}.", "After that {e}: {step}.", "That makes {end}."),
+    ("At first there are {s.start}.", "{do} {step.b} because {e}: {step}.", "In the end {s.person} has {end}."),
+]
+
+
+def think(rng: random.Random, story: Story, error_rate: float) -> str:
+    """One sample of the built-in teacher: an explanation and the answer that follows from it, in the paper's format.
+
+    With probability `error_rate` the reasoning goes wrong as a person's would.
+    """
+    told = [(event, event.change(story.person, story.thing)) for event in story.events]
+    right = [(event, change) for event, change in told if change]
+    others = [event for event, change in told if not change]
+    steps = None
+    while not steps:
+        used = right
+        if rng.random() < error_rate:
+            used = wrong_events(rng, right, others)
+            if used == right:
+                continue
+        steps = follow(story.start, [change for _, change in used])
+    opening, middle, closing = STYLES[rng.randrange(len(STYLES))]
+    lines = [opening.format(s=story)]
+    for (event, _), step in zip(used, steps, strict=True):
+        do, short = "Add" if step.op == "+" else "Take away", f"{event.who} {event.verb} {event.n}"
+        lines.append(middle.format(event=event, e=short, do=do, step=step))
+    lines.append(closing.format(s=story, end=steps[-1].c))
+    return f"<Explanation>: {' '.join(lines)}\n<Answer>: {equation(story.start, [change for _, change in used])}"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -620,15 +593,16 @@ def ask_toy(requests: list[Request], chat: Callable[[Example], Chat], name: str,
 def ask_model(requests: list[Request], chat: Callable[[Example], Chat], name: str, options: Any) -> Answers:
     """Samples of a Hugging Face model, causal or seq2seq, on this machine."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left", trust_remote_code=False)
-        seq2seq = AutoConfig.from_pretrained(name, trust_remote_code=False).is_encoder_decoder
-        kind: Any = AutoModelForSeq2SeqLM if seq2seq else AutoModelForCausalLM
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name, padding_side="left", trust_remote_code=False)
+        seq2seq = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False).is_encoder_decoder
+        kind: Any = transformers.AutoModelForSeq2SeqLM if seq2seq else transformers.AutoModelForCausalLM
         model = kind.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise UserError(f"--teacher {name} cannot be loaded: {first_line(error)}")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model.to(device).eval()
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    how: Any = {"do_sample": options.temperature > 0, "temperature": options.temperature or None}
     for i in range(0, len(requests), TEACHER_BATCH):
         batch = requests[i : i + TEACHER_BATCH]
         chats = [chat(example) for example, _ in batch]
@@ -636,16 +610,10 @@ def ask_model(requests: list[Request], chat: Callable[[Example], Chat], name: st
             texts = [tokenizer.apply_chat_template(c, tokenize=False, add_generation_prompt=True) for c in chats]
         else:
             texts = [f"{system['content']}\n\n{SHOTS}{user['content']}\n<Explanation>:" for system, user in chats]
-        inputs = tokenizer(
-            texts, return_tensors="pt", padding=True, add_special_tokens=seq2seq or not tokenizer.chat_template
-        ).to(device)
+        special = seq2seq or not tokenizer.chat_template  # a chat template brings its own
+        inputs = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=special).to(device)
         torch.manual_seed(int(hashlib.sha256(f"{batch[0][0].id}/{batch[0][1]}".encode()).hexdigest()[:8], 16))
-        output = model.generate(
-            **inputs,
-            do_sample=options.temperature > 0,
-            temperature=options.temperature or None,
-            max_new_tokens=MAX_TOKENS,
-        )
+        output = model.generate(**inputs, **how, max_new_tokens=MAX_TOKENS)
         output = output if seq2seq else output[:, inputs["input_ids"].shape[1] :]
         yield from zip(batch, tokenizer.batch_decode(output, skip_special_tokens=True))
 
@@ -662,13 +630,13 @@ def ask_api(requests: list[Request], chat: Callable[[Example], Chat], name: str,
         timeout=API_TIMEOUT,
     )
 
+    how: Any = {"temperature": options.temperature}
+
     def one(request: Request) -> str:
         for attempt in range(API_TRIES):
             pause = min(60, 2**attempt * API_BACKOFF)
             try:
-                reply = client.chat_completion(
-                    chat(request[0]), model=name, temperature=options.temperature, max_tokens=MAX_TOKENS
-                )
+                reply = client.chat_completion(chat(request[0]), model=name, max_tokens=MAX_TOKENS, **how)
                 content = reply.choices[0].message.content
                 if isinstance(content, str):
                     return content
@@ -677,20 +645,16 @@ def ask_api(requests: list[Request], chat: Callable[[Example], Chat], name: str,
                 status = error.response.status_code
                 problem = f"status {status}"
                 if status in (401, 403):
-                    raise UserError(f"--teacher api:{name} refused the key (status {status}): set OPENAI_API_KEY.")
+                    raise UserError(f"--teacher api:{name} refused the key ({problem}): set OPENAI_API_KEY.")
                 if status != 429 and status < 500:
-                    raise UserError(
-                        f"--teacher api:{name} refused the request (status {status}): check the model's name and --api-base."
-                    )
+                    raise UserError(f"--teacher api:{name} refused ({problem}): check the model and --api-base.")
                 with suppress(ValueError):
                     pause = max(pause, float(error.response.headers.get("Retry-After", 0)))
             except BROKEN_REPLY as error:
                 problem = type(error).__name__
             if over.wait(pause):
                 break
-        raise UserError(
-            f"--teacher api:{name} gave {problem} {API_TRIES} times in a row: start again when it is back, nothing is lost."
-        )
+        raise UserError(f"--teacher api:{name} gave {problem} {API_TRIES} times: start again when it is back.")
 
     over, pool = threading.Event(), ThreadPoolExecutor(options.api_concurrency)
     left = iter(requests)
@@ -782,9 +746,8 @@ def collect(task: Task, examples: list[Example], teachers: list[str], options: A
     for teacher in teachers or [default_teacher(task, examples, options)]:
         rows: Iterable[tuple[str, str, int, str]]
         if teacher == "own":
-            rows = (
-                (e.id, "own", 0, f"<Explanation>: {e.rationale}\n<Answer>: {e.label}") for e in examples if e.rationale
-            )
+            own = [e for e in examples if e.rationale]
+            rows = ((e.id, "own", 0, f"<Explanation>: {e.rationale}\n<Answer>: {e.label}") for e in own)
         elif teacher == "palm":
             if not task.folder:
                 raise UserError(f"--teacher palm has no samples for task {task.name}: name another teacher.")
@@ -801,15 +764,11 @@ def collect(task: Task, examples: list[Example], teachers: list[str], options: A
                 seen.add((id, name, sample))
                 samples.setdefault(id, []).append(Sample(name, *parse_output(task, by_id[id], output)))
         if not seen:
-            raise UserError(
-                f"--teacher {teacher} has no sample for any training question of {task.name}: ids must match, such as {examples[0].id!r}."
-            )
+            raise UserError(f"--teacher {teacher} has no sample of {task.name}: ids must be like {examples[0].id!r}.")
     if options.k:
         most = max(map(len, samples.values()))
         if options.k > most:
-            raise UserError(
-                f"--k {options.k} asks for more samples than the {most} a question that there are: name 1 to {most}."
-            )
+            raise UserError(f"--k {options.k} asks for more samples than there are: name 1 to {most}.")
         samples = {id: own[: options.k] for id, own in samples.items()}
     return samples
 
@@ -820,9 +779,7 @@ def default_teacher(task: Task, examples: list[Example], options: Any) -> str:
     if any(example.rationale for example in examples):
         return "own"
     if not task.folder:
-        raise UserError(
-            f"--task {options.task} needs a --teacher: a Hugging Face model, api:MODEL, or a file of samples."
-        )
+        raise UserError(f"--task {options.task} needs a --teacher: a model, api:MODEL, or a file of samples.")
     print("Teacher: palm, one sample a question, so there is nothing to vote on; --teacher MODEL with --k brings more.")
     return "palm"
 
@@ -835,10 +792,9 @@ def sampled(
     missing = [(e, n) for e in examples for n in range(k) if (e.id, n) not in known]
     how = ask_toy if teacher == "toy" else ask_api if teacher.startswith("api:") else ask_model
     asked = how(missing, chat, teacher.removeprefix("api:"), options) if missing else iter(())
+    bar: Any = {"total": len(missing), "desc": f"samples of {teacher}", "unit": "sample", "disable": not missing}
     try:
-        for (example, n), output in tqdm(
-            asked, total=len(missing), desc=f"samples of {teacher}", unit="sample", disable=not missing
-        ):
+        for (example, n), output in tqdm(asked, **bar):
             cache.append(example.id, teacher, n, output)
             known[example.id, n] = output
     except KeyboardInterrupt:
@@ -850,7 +806,7 @@ def sampled(
 # ----------------------------------------------------------------------------------------------------------------------
 # tiny: a student small enough to pretrain on a laptop while you wait
 
-TINY_STEPS, TINY_BATCH, TINY_LR = 3500, 32, 2e-3
+TINY_STEPS, TINY_BATCH, TINY_LR = 1000, 32, 2e-3
 
 
 def told_story(rng: random.Random) -> str:
@@ -867,20 +823,19 @@ def told_story(rng: random.Random) -> str:
     return " ".join(told)
 
 
-def tiny_tokenizer(rng: random.Random) -> T5Tokenizer:
+def tiny_tokenizer(rng: random.Random) -> transformers.T5Tokenizer:
     """A SentencePiece unigram model of the stories' and the teacher's words."""
     stories = [random_story(rng, rng.randint(1, 3)) for _ in range(2000)]
-    texts = [told_story(rng) for _ in stories] + [
-        f"predict: explain: So the answer is {s.input()}".replace("\n", " ") for s in stories
-    ]
+    texts = [told_story(rng) for _ in stories]
+    texts += [f"predict: explain: So the answer is {s.input()}".replace("\n", " ") for s in stories]
     texts += [think(rng, s, 0.4).replace("\n", " ") for s in stories]
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(texts), model_writer=model, vocab_size=300, model_type="bpe", hard_vocab_limit=False,
-        character_coverage=1.0, pad_id=0, eos_id=1, unk_id=2, bos_id=-1, minloglevel=2)  # fmt: skip
+        character_coverage=1.0, user_defined_symbols=list(".,:?"), pad_id=0, eos_id=1, unk_id=2, bos_id=-1, minloglevel=2)  # fmt: skip
     pieces = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
     # T5Tokenizer looks for the split of the highest total score: with -1 a piece that is the one of fewest pieces
-    return T5Tokenizer(vocab=[(pieces.id_to_piece(i), -1.0) for i in range(len(pieces))], extra_ids=20)
+    return transformers.T5Tokenizer(vocab=[(pieces.id_to_piece(i), -1.0) for i in range(len(pieces))], extra_ids=20)
 
 
 def corrupt_spans(rng: random.Random, ids: list[int], sentinels: list[int]) -> tuple[list[int], list[int]]:
@@ -910,8 +865,8 @@ def tiny_student() -> Path:
             torch.manual_seed(0)
             shape: Any = {"d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4, "dropout_rate": 0.0}
             shape |= {"vocab_size": len(tokenizer), "decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 1}
-            config = T5Config(**shape)
-            model = T5ForConditionalGeneration(config)
+            config = transformers.T5Config(**shape)
+            model = transformers.T5ForConditionalGeneration(config)
             pretrain_tiny(model, tokenizer, rng)
             temporary = path.with_name(f"{path.name}.tmp")
             model.save_pretrained(temporary)
@@ -920,7 +875,9 @@ def tiny_student() -> Path:
     return path
 
 
-def pretrain_tiny(model: T5ForConditionalGeneration, tokenizer: T5Tokenizer, rng: random.Random) -> None:
+def pretrain_tiny(
+    model: transformers.T5ForConditionalGeneration, tokenizer: transformers.T5Tokenizer, rng: random.Random
+) -> None:
     """Span corruption on told stories, on one thread: rounding, and so the student, does not depend on the cores."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

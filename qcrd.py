@@ -58,9 +58,7 @@ class TaskOptions:
     teacher: list[str] = field(default_factory=list, metadata={"help": "palm, a Hugging Face model, api:MODEL, or a JSON Lines file of samples; several are pooled"})  # fmt: skip
     k: int | None = option(None, "K, samples a question (default 5; of a file all)")
     temperature: float = option(0.7, "at which the teacher is sampled")
-    api_base: str | None = option(
-        None, "URL of an OpenAI-compatible server (or OPENAI_BASE_URL; key in OPENAI_API_KEY)"
-    )
+    api_base: str | None = option(None, "an OpenAI-compatible server (or OPENAI_BASE_URL; key in OPENAI_API_KEY)")
     api_concurrency: int = option(8, "requests under way at once")
     toy_errors: float = option(0.4, "how often the toy's teacher reasons wrongly")
 
@@ -72,9 +70,7 @@ class MethodOptions:
     positives: Literal["all", "one"] = option("all", "of qcrd: all voted rationales, or one unvoted as in dss")
     fixed_student: str | None = option(None, "of --negatives fixed: the run directory of a finished dss run")
     negatives: Literal["student", "fixed", "teacher", "none"] = option("student", "of qcrd: the teacher's minority and the lagged student's; a fixed dss student's; the minority alone; none")  # fmt: skip
-    scheme: Literal["minmax", "maxmin", "sampling", "mean", "wmean"] = option(
-        "minmax", "many-to-one scheme (eqs. 4, 5)"
-    )
+    scheme: Literal["minmax", "maxmin", "sampling", "mean", "wmean"] = option("minmax", "many-to-one (eqs. 4, 5)")
     lag: int = option(5, "j: negatives come from the student as it was j rounds ago")
     student_temperature: float = option(1.5, "at which the student's negatives are sampled")
     alpha1: float = option(0.5, "weight of L_pred (eq. 8)")
@@ -82,25 +78,23 @@ class MethodOptions:
     alpha3: float = option(0.5, "weight of L_D (eq. 8); times 0.9 every round")
     beta: float = option(0.2, "weight of the negatives (eq. 3)")
     delta: float = option(3.0, "margin of the negatives, in nats per token")
-    mi_weight: float = option(0.1, "weight of the mutual-information term of mi")
+    mi_weight: float = option(0.01, "weight of the mutual-information term of mi")
     judge: Literal["own", "frozen", "shared", "none"] = option("own", "the discriminator's encoder: a trained copy, a frozen one, the student's own; none: no quality weights")  # fmt: skip
     judge_loss: Literal["paper", "bce"] = option("bce", "eq. 2, or binary cross-entropy")
     judge_lr: float = option(None, "the discriminator's learning rate (default 5e-5; tiny 1e-3)")
-    judge_steps: int = option(None, "of the discriminator's pretraining (default 500, the paper's most; tiny 400)")
-    judge_every: int = option(4, "steps between two updates of the discriminator")
+    judge_steps: int = option(None, "of the discriminator's pretraining (default 500, the paper's most; tiny 300)")
+    judge_every: int = option(None, "steps between two updates of the discriminator (default 4; tiny 8)")
 
 
 @dataclass
 class TrainOptions:
     _argument_group_name = "the training"
     student: str = option("tiny", "tiny, or a seq2seq model: a Hugging Face name or a folder")
-    rounds: int = option(None, "the paper's iterations (default 20, or as many as make 10,000 steps; tiny 12)")
+    rounds: int = option(None, "the paper's iterations (default 20, or as many as make 10,000 steps; tiny 10)")
     round_steps: int = option(None, "steps in a round (default: one pass over the training set)")
-    batch_size: int = option(None, "questions a step (default 64; tiny 16)")
+    batch_size: int = option(None, "questions a step (default 64; tiny 8)")
     grad_accum: int = option(1, "parts in which a batch is computed, to save memory")
-    lr: float = option(
-        None, "AdamW's learning rate, falling linearly to 0 (default 5e-5; tiny 3e-3, its finetune 2e-3)"
-    )
+    lr: float = option(None, "AdamW's learning rate, falling linearly to 0 (default 5e-5; tiny 2e-3)")
     max_input: int = option(1024, "tokens at which inputs are cut")
     max_target: int = option(256, "tokens at which labels and rationales are cut")
     precision: Literal["auto", "fp32", "bf16"] = option("auto", "auto: bf16 where the hardware gains from it")
@@ -116,12 +110,18 @@ class Options(TrainOptions, MethodOptions, TaskOptions):
     """All options; TINY fills the open ones for the built-in student, PUBLISHED for any other."""
 
 
-PUBLISHED = {"batch_size": 64, "lr": 5e-5, "judge_lr": 5e-5, "judge_steps": 500}  # DSS, arXiv 2305.02301
-TINY = {"batch_size": 16, "lr": 3e-3, "judge_lr": 1e-3, "judge_steps": 400, "rounds": 12}
-TINY_FINETUNE_LR = 2e-3  # of 1e-3, 2e-3 and 3e-3 the best on validation for finetune; for dss 3e-3 is
+PUBLISHED = {
+    "batch_size": 64,
+    "lr": 5e-5,
+    "judge_lr": 5e-5,
+    "judge_steps": 500,
+    "judge_every": 4,
+}  # DSS, arXiv 2305.02301
+TINY = {"batch_size": 8, "lr": 2e-3, "judge_lr": 1e-3, "judge_steps": 300, "judge_every": 8, "rounds": 10}
 DEFAULT_ROUNDS, PUBLISHED_STEPS = 20, 10_000  # the paper gives no number of rounds; DSS trains for 10,000 steps at most
 ALPHA3_DECAY = 0.9
 WARMUP = 50  # steps in which the learning rate rises
+FEATURES = 200_000  # of a frozen discriminator, at most kept: 0.4 GB at T5-small's width
 WRITE_BATCH = 512  # questions answered at once
 LABEL_TOKENS = 64
 ANSWER_MARK = "So the answer is"  # between rationale and label in the single-task target
@@ -147,9 +147,13 @@ class Discriminator(nn.Module):
         states = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state  # (N, S, d_model)
         return states.masked_fill(attention_mask[..., None] == 0, -torch.inf).amax(1)
 
+    def quality(self, features: Tensor) -> Tensor:
+        """Scores s, (N,), float32, of features (N, d_model)."""
+        return torch.sigmoid(self.mlp(features).float().squeeze(-1))
+
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Scores s, (N,), float32."""
-        return torch.sigmoid(self.mlp(self.features(input_ids, attention_mask)).float().squeeze(-1))
+        return self.quality(self.features(input_ids, attention_mask))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -198,11 +202,8 @@ def contrastive_loss(
             return nll.new_zeros(len(nll))
         weight = mask.float()
         if pick in ("min", "max"):
-            best = (
-                nll.masked_fill(~mask, math.inf).argmin(1)
-                if pick == "min"
-                else nll.masked_fill(~mask, -math.inf).argmax(1)
-            )
+            order = -nll if pick == "min" else nll
+            best = order.masked_fill(~mask, -math.inf).argmax(1)
             weight = F.one_hot(best, nll.shape[1]) * weight
         elif pick == "sampling":
             weight = F.one_hot(torch.rand_like(nll).masked_fill(~mask, -1).argmax(1), nll.shape[1]) * weight
@@ -296,9 +297,7 @@ def vote(task: Task, examples: list[Example], samples: dict[str, list[Sample]], 
         raise UserError("no training question has a label: --labels teacher needs samples with answers that parse.")
     if samples:
         mean = {name: tally[name] / len(examples) for name in ("samples", "positives", "negatives")}
-        print(
-            f"{len(examples)} questions; a question has on average", ", ".join(f"{v:.2f} {k}" for k, v in mean.items())
-        )
+        print(f"{len(examples)} questions, on average with", ", ".join(f"{v:.2f} {k}" for k, v in mean.items()))
         print(f"voted answer: {tally['right'] / max(1, tally['voted']):.1%} of {tally['voted']} right")
     for teacher in sorted({sample.teacher for own in samples.values() for sample in own}):
         of, usable, good = (tally[(name, teacher)] for name in ("of", "parsed", "right"))
@@ -337,6 +336,7 @@ class Models:
         self.inputs, self.targets = Tokens(tokenizer, options.max_input - 4), Tokens(tokenizer, options.max_target)
         self.predict, self.explain = (np.array(tokenizer(p).input_ids[:-1], np.int32) for p in ("predict:", "explain:"))
         self.bf16 = use_bf16(options.precision, self.device, student.config.d_model)
+        self.features: dict[bytes, Tensor] = {}
         # padded tokens that one pass over rationales reads: a GPU wants many, a CPU wants little padding
         self.group_tokens = 2**14 if self.device.type == "cuda" else 2**18 // student.config.d_model
 
@@ -396,9 +396,24 @@ class Models:
         inputs, targets = self.inputs([q.example.input for q in questions]), self.targets(rationales)
         rows = [np.concatenate(pair) for pair in zip(inputs, targets, strict=True)]
         with self.autocast():
-            return in_groups(
-                lambda group: self.judge(*self.pad_inputs([rows[i] for i in group])), rows, self.group_tokens
-            )
+            if self.options.judge == "frozen":
+                return self.judge.quality(self.frozen_features(rows))
+            return in_groups(lambda at: self.judge(*self.pad_inputs([rows[i] for i in at])), rows, self.group_tokens)
+
+    def frozen_features(self, rows: list[np.ndarray]) -> Tensor:
+        """Features (N, d_model) of an encoder that never changes: computed once for each row, without dropout."""
+        new = list({row.tobytes(): row for row in rows if row.tobytes() not in self.features}.values())
+        if new:
+            self.judge.encoder.eval()
+            with torch.no_grad():
+                values = in_groups(
+                    lambda at: self.judge.features(*self.pad_inputs([new[i] for i in at])), new, self.group_tokens
+                )
+            self.features |= {row.tobytes(): value for row, value in zip(new, values, strict=True)}
+        found = torch.stack([self.features[row.tobytes()] for row in rows])
+        if len(self.features) > FEATURES:
+            self.features.clear()
+        return found
 
     def score_constant(self, questions: Sequence[Question], rationales: Sequence[str]) -> Tensor:
         """The same without gradients and dropout: what weighs L_cl and what is reported."""
@@ -410,7 +425,7 @@ class Models:
 
 
 def in_groups(function: Callable[[list[int]], Tensor], rows: Sequence[np.ndarray], tokens: int) -> Tensor:
-    """function(indices) -> one number each, called on groups of rows of like length: little padding, little memory."""
+    """function(indices) -> a number or vector each, called on groups of rows of like length: little padding, little memory."""
     groups: list[list[int]] = []
     for i in sorted(range(len(rows)), key=lambda i: -len(rows[i])):
         if groups and (len(groups[-1]) + 1) * len(rows[groups[-1][0]]) <= tokens:
@@ -439,28 +454,19 @@ def token_mean(logits: Tensor, targets: Tensor, row: Tensor, n: int) -> Tensor:
     return losses.new_zeros(n).index_add(0, row, losses) / torch.bincount(row, minlength=n)
 
 
-def grid(values: Tensor, owner: Sequence[int], n: int) -> tuple[Tensor, Tensor]:
-    """Values (R,) of rationales laid out by question, (n, most rationales of one), and the mask of the real ones."""
-    seen: Counter[int] = Counter()
-    columns = [(seen[i], seen.update([i]))[0] for i in owner]
-    place = (
-        torch.tensor(owner, dtype=torch.long, device=values.device),
-        torch.tensor(columns, dtype=torch.long, device=values.device),
-    )
-    out = values.new_zeros(n, max(columns, default=-1) + 1)
-    mask = torch.zeros_like(out, dtype=torch.bool)
-    return out.index_put(place, values), mask.index_put(place, torch.ones_like(values, dtype=torch.bool))
-
-
-def candidates(
+def rationales_of(
     batch: list[Question], drawn: dict[str, str], options: Options
-) -> tuple[list[tuple[int, str]], list[tuple[int, str]]]:
-    """Positives and negatives of a batch as (row of the question, rationale)."""
-    pos = [(i, text) for i, q in enumerate(batch) for text in q.positives]
+) -> tuple[list[list[str]], list[list[str]]]:
+    """Positives and negatives of each question of a batch: the teacher's and, of qcrd, what the student has drawn."""
     if options.method != "qcrd" or options.negatives == "none":
-        return pos, []
-    neg = [(i, text) for i, q in enumerate(batch) for text in q.negatives]
-    return pos, neg + [(i, drawn[q.example.id]) for i, q in enumerate(batch) if drawn.get(q.example.id)]
+        return [q.positives for q in batch], [[] for _ in batch]
+    return [q.positives for q in batch], [q.negatives + list(filter(None, [drawn.get(q.example.id)])) for q in batch]
+
+
+def grid(values: Tensor, counts: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Values (R,) of which counts[i] belong to row i, as (N, most of a row), and the mask of the real ones."""
+    rows = nn.utils.rnn.pad_sequence(values.split(list(counts)), batch_first=True)
+    return rows, torch.arange(rows.shape[1]).to(rows.device) < torch.tensor(counts).to(rows.device)[:, None]
 
 
 def rationale_loss(
@@ -473,46 +479,47 @@ def rationale_loss(
     that derivative: the chain rule, hence the same gradient as running all of them at once.
     """
     options, n = models.options, len(batch)
-    pos, neg = candidates(batch, drawn, options)
+    pos, neg = rationales_of(batch, drawn, options)
     if options.scheme == "sampling":
-        pos, neg = (list({i: (i, text) for i, text in random.sample(side, len(side))}.values()) for side in (pos, neg))
-    owner, texts = [i for i, _ in pos + neg], [text for _, text in pos + neg]
-    if not texts:
-        zero = states.sum() * 0
-        return zero, zero.detach(), zero.detach()
+        pos, neg = ([random.sample(own, min(1, len(own))) for own in side] for side in (pos, neg))
+    counts = [len(own) for own in pos + neg]  # n rows of positives, then n of negatives
+    owner = [row % n for row, count in enumerate(counts) for _ in range(count)]
+    texts = [text for own in pos + neg for text in own]
     ids = models.targets(texts)
 
     def loss_at(nll: Tensor, score: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        cut = len(pos)
-        (pos_nll, pos_mask), (neg_nll, neg_mask) = grid(nll[:cut], owner[:cut], n), grid(nll[cut:], owner[cut:], n)
-        pos_score, neg_score = grid(score[:cut], owner[:cut], n)[0], grid(score[cut:], owner[cut:], n)[0]
-        scores = {} if models.judge is None else {"pos_score": pos_score, "neg_score": neg_score}
-        settings: Any = scores | {"beta": options.beta, "delta": options.delta, "scheme": options.scheme}
-        return contrastive_loss(pos_nll, pos_mask, neg_nll, neg_mask, **settings)
+        (values, real), quality = grid(nll, counts), grid(score, counts)[0]
+        pos_score, neg_score = (None, None) if models.judge is None else (quality[:n], quality[n:])
+        return contrastive_loss(
+            values[:n], real[:n], values[n:], real[n:], pos_score, neg_score,
+            options.beta, options.delta, options.scheme,
+        )  # fmt: skip
 
     def derivative(nll: Tensor, score: Tensor) -> Tensor:
         leaf = nll.detach().requires_grad_()
         return torch.autograd.grad(loss_at(leaf, score)[0], leaf)[0]
 
-    nll = torch.zeros(len(ids), device=states.device)
-    if neg or len(pos) > len(set(owner)):  # something to choose
+    def run(which: list[int]) -> Tensor:
+        return models.nll(states, mask, [ids[i] for i in which], [owner[i] for i in which])
+
+    nll = torch.zeros(len(texts), device=states.device)
+    if max(counts) > 1 or any(neg):  # something to choose
         with torch.no_grad():
-            nll = models.nll(states, mask, ids, owner)
+            nll = run(list(range(len(texts))))
     score = torch.full_like(nll, 0.5)
-    if models.judge is not None:  # only the chosen rationales' scores are ever used, except by the weighted mean
+    if models.judge is not None and texts:  # only the chosen rationales' scores are ever used, but by the weighted mean
         rated = torch.ones_like(nll) if options.scheme == "wmean" else derivative(nll, score)
         chosen = rated.nonzero()[:, 0].tolist()
         if chosen:
             score[chosen] = models.score_constant([batch[owner[i]] for i in chosen], [texts[i] for i in chosen])
-    weight = derivative(nll, score)  # (R,)
-    kept = weight.nonzero()[:, 0]
-    if not len(kept):
-        _, pos_term, neg_term = loss_at(nll, score)
-        return states.sum() * 0, pos_term.detach(), neg_term.detach()
-    kept_nll = models.nll(states, mask, [ids[i] for i in kept.tolist()], [owner[i] for i in kept.tolist()])
-    nll[kept] = kept_nll.detach()
+    weight = derivative(nll, score) if texts else nll  # (R,)
+    kept = weight.nonzero()[:, 0].tolist()
+    pull = states.sum() * 0
+    if kept:
+        kept_nll = run(kept)
+        nll[kept] = kept_nll.detach()
+        pull = (weight[kept] * kept_nll).sum()
     value, pos_term, neg_term = loss_at(nll, score)
-    pull = (weight[kept] * kept_nll).sum()
     return pull + (value - pull).detach(), pos_term.detach(), neg_term.detach()
 
 
@@ -522,16 +529,15 @@ def judge_batch(options: Options) -> int:
 
 
 def judge_step_loss(
-    models: Models, batch: list[Question], pos: list[tuple[int, str]], neg: list[tuple[int, str]]
-) -> tuple[Tensor, Tensor]:
-    """L_D of a batch's positives and negatives, given as (row, rationale), and the scores of all, positives first."""
-    both = pos + neg
-    score = models.score([batch[i] for i, _ in both], [text for _, text in both])
-    (pos_score, pos_mask), (neg_score, neg_mask) = (
-        grid(part, [i for i, _ in rows], len(batch))
-        for part, rows in ((score[: len(pos)], pos), (score[len(pos) :], neg))
-    )
-    return judge_loss(pos_score, pos_mask, neg_score, neg_mask, models.options.judge_loss), score.detach()
+    models: Models, batch: list[Question], pos: list[list[str]], neg: list[list[str]]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """L_D of the positives and negatives of each question, all scores (2 N, most of a row) and the real ones' mask."""
+    n = len(batch)
+    texts = [text for own in pos + neg for text in own]
+    counts = [len(own) for own in pos + neg]
+    asked = [batch[row % n] for row, count in enumerate(counts) for _ in range(count)]
+    score, real = grid(models.score(asked, texts), counts)
+    return judge_loss(score[:n], real[:n], score[n:], real[n:], models.options.judge_loss), score.detach(), real
 
 
 def mi_term(models: Models, states: Tensor, mask: Tensor, batch: list[Question], pred: Tensor, row: Tensor) -> Tensor:
@@ -568,18 +574,20 @@ def step_loss(
         return l_pred, sums
     l_cl, pos_term, neg_term = rationale_loss(models, batch, drawn, states[n:], mask[n:])
     l_d = l_pred.new_zeros(())
-    pos, neg = candidates(batch, drawn, options)
+    pos, neg = rationales_of(batch, drawn, options)
     sums |= {"positive": pos_term.item() * n, "negative": neg_term.item() * n}
-    sums |= {"no positive": n - len({i for i, _ in pos}), "no negative": n - len({i for i, _ in neg})}
+    sums |= {"no positive": n - sum(map(bool, pos)), "no negative": n - sum(map(bool, neg))}
     if judge_now and models.judge is not None:
-        few = judge_batch(options)
-        pos, neg = ([(i, text) for i, text in side if i < few and not batch[i].held_out] for side in (pos, neg))
-        if pos or neg:
-            l_d, score = judge_step_loss(models, batch, pos, neg)
-            teacher = [len(pos) + at for at, (i, text) in enumerate(neg) if text in batch[i].negatives]
-            student = [len(pos) + at for at, (i, text) in enumerate(neg) if text not in batch[i].negatives]
-            for name, at in (("D pos", list(range(len(pos)))), ("D teacher neg", teacher), ("D student neg", student)):
-                sums |= {name: score[at].sum().item(), f"#{name}": len(at)}
+        asked = [q for q in batch[: judge_batch(options)] if not q.held_out]
+        pos, neg = rationales_of(asked, drawn, options)
+        if any(pos + neg):
+            l_d, score, real = judge_step_loss(models, asked, pos, neg)
+            m, few = len(asked), torch.tensor([len(q.negatives) for q in asked]).to(score.device)
+            taught = torch.arange(score.shape[1]).to(score.device) < few[:, None]  # before the student's own
+            groups = {"D pos": score[:m][real[:m]], "D teacher neg": score[m:][real[m:] & taught]}
+            groups["D student neg"] = score[m:][real[m:] & ~taught]
+            sums |= {name: group.sum().item() for name, group in groups.items()}
+            sums |= {f"#{name}": len(group) for name, group in groups.items()}
             sums |= {"judge": l_d.item() * n, "#judge": n}
     loss = total_loss(l_pred, l_cl, l_d, (options.alpha1, options.alpha2, options.alpha3), round_)
     if options.method == "mi":
@@ -603,10 +611,8 @@ def generate(
         for i in range(0, len(order), WRITE_BATCH):
             at = order[i : i + WRITE_BATCH]
             ids, mask = models.pad_inputs([np.concatenate((start, x)) for x in models.inputs([inputs[j] for j in at])])
-            sampling = (
-                {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
-            )
-            output = models.student.generate(input_ids=ids, attention_mask=mask, max_new_tokens=limit, **sampling)
+            how = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
+            output = models.student.generate(input_ids=ids, attention_mask=mask, max_new_tokens=limit, **how)
             for j, text in zip(at, models.tokenizer.batch_decode(output, skip_special_tokens=True), strict=True):
                 texts[j] = text.strip()
             bar.update(len(at))
@@ -690,13 +696,12 @@ def pretrain_judge(models: Models, questions: list[Question], optimizer: torch.o
     torch.manual_seed(step_seed(options.seed, 0, "judge"))
     for _ in tqdm(range(options.judge_steps if known else 0), desc="discriminator", unit="step", leave=False):
         batch = rng.sample(known, min(judge_batch(options), len(known)))
-        pos = [(i, text) for i, q in enumerate(batch) for text in q.positives]
-        neg = [(i, text) for i, q in enumerate(batch) for text in q.negatives]
-        for i, q in enumerate(batch):
-            missing = max(0, len(q.positives) - len(q.negatives))
-            neg += [(i, corrupt(rng, rng.choice(q.positives), words)) for _ in range(missing)]
+        neg = []
+        for q in batch:
+            more = max(0, len(q.positives) - len(q.negatives))
+            neg.append(q.negatives + [corrupt(rng, rng.choice(q.positives), words) for _ in range(more)])
         optimizer.zero_grad()
-        judge_step_loss(models, batch, pos, neg)[0].backward()
+        judge_step_loss(models, batch, [q.positives for q in batch], neg)[0].backward()
         clip_and_step(optimizer)
         guard.stop_if_asked()
 
@@ -799,10 +804,7 @@ def save_checkpoint(
     except (OSError, SafetensorError) as error:
         with suppress(OSError):
             temporary.unlink()
-        raise UserError(
-            f"the checkpoint could not be written to {run} ({first_line(error)}): make room and start the same command"
-            " again; it goes on from the checkpoint before."
-        )
+        raise UserError(f"no checkpoint could be written to {run} ({first_line(error)}): make room and start again.")
 
 
 def load_checkpoint(run: Path, models: Models, optimizers: dict[str, torch.optim.Optimizer]) -> dict[str, Any] | None:
@@ -838,9 +840,8 @@ def pass_batches(questions: list[Question], options: Options, number: int) -> li
     """The batches of one pass over the training set: shuffled by seed and pass, alike in length within a batch."""
     rng, size = random.Random(step_seed(options.seed, number, "order")), options.batch_size
     order = rng.sample(questions, len(questions))
-    pools = [
-        sorted(order[i : i + 20 * size], key=lambda q: len(q.example.input)) for i in range(0, len(order), 20 * size)
-    ]
+    pools = [order[i : i + 20 * size] for i in range(0, len(order), 20 * size)]
+    pools = [sorted(pool, key=lambda q: len(q.example.input)) for pool in pools]
     batches = [pool[i : i + size] for pool in pools for i in range(0, len(pool), size)]
     return rng.sample(batches, len(batches))
 
@@ -848,12 +849,9 @@ def pass_batches(questions: list[Question], options: Options, number: int) -> li
 def round_batches(questions: list[Question], options: Options, round_: int) -> list[list[Question]]:
     """The batches of a round: `round_steps` steps of the stream of passes."""
     a_pass = math.ceil(len(questions) / options.batch_size)
-    first = round_ * options.round_steps
-    passes = {
-        n: pass_batches(questions, options, n)
-        for n in range(first // a_pass, (first + options.round_steps - 1) // a_pass + 1)
-    }
-    return [passes[step // a_pass][step % a_pass] for step in range(first, first + options.round_steps)]
+    steps = range(round_ * options.round_steps, (round_ + 1) * options.round_steps)
+    passes = {n: pass_batches(questions, options, n) for n in range(steps[0] // a_pass, steps[-1] // a_pass + 1)}
+    return [passes[step // a_pass][step % a_pass] for step in steps]
 
 
 def negatives_for(models: Models, questions: list[Question], round_: int, run: Path) -> dict[str, str]:
@@ -942,18 +940,15 @@ def train_step(models, optimizers, batch, drawn, round_, progress, total) -> Non
     judge_now = step % options.judge_every == 0
     for optimizer in optimizers.values():
         optimizer.zero_grad()
-    optimizers["student_optimizer"].param_groups[0]["lr"] = (
-        options.lr * min(1, (step + 1) / WARMUP) * (1 - step / total)
-    )
+    rate = options.lr * min(1, (step + 1) / WARMUP) * (1 - step / total)
+    optimizers["student_optimizer"].param_groups[0]["lr"] = rate
     size = math.ceil(len(batch) / options.grad_accum)
     for part in [batch[i : i + size] for i in range(0, len(batch), size)]:
         with models.autocast():  # around the whole step, so that each weight is cast once
             loss, sums = step_loss(models, part, drawn, round_, judge_now)
         if not torch.isfinite(loss):
-            ids = ", ".join(q.example.id for q in part[:5])
-            raise UserError(
-                f"the loss is {loss.item()} at step {step} (questions {ids}, ...): lower --lr or use --precision fp32; the last checkpoint is good."
-            )
+            at = f"step {step} (questions {', '.join(q.example.id for q in part[:5])}, ...)"
+            raise UserError(f"the loss is {loss.item()} at {at}: lower --lr or use --precision fp32.")
         (loss * len(part) / len(batch)).backward()
         for key, value in sums.items():
             progress["sums"][key] = progress["sums"].get(key, 0) + value
@@ -976,9 +971,7 @@ def round_line(models: Models, questions: list[Question], round_: int, progress:
     if models.judge is not None:
         line["D auc"] = judge_auc(models, questions)
         if line["D auc"] < 0.55 or max(line.get("D pos", 1), line.get("D teacher neg", 1)) < 0.05:
-            tqdm.write(
-                "warning: the discriminator tells good from bad no better than chance, or its scores have collapsed: try a lower --judge-lr or --judge-loss bce."
-            )
+            tqdm.write("warning: the discriminator is near chance, or its scores have collapsed: lower --judge-lr.")
     line |= {name: sums[name] for name in ("no positive", "no negative") if name in sums}
     line["examples/s"] = sums["n"] / (progress["seconds"] + progress["drawing"])
     line["drawing share"] = progress["drawing"] / (progress["seconds"] + progress["drawing"])
@@ -1000,10 +993,7 @@ def use_bf16(precision: str, device: torch.device, d_model: int) -> bool:
 
 def load_models(options: Options) -> Models:
     """The student named by --student and a discriminator started from its encoder; UserError if unusable."""
-    if options.student == "tiny":
-        path = str(data.tiny_student())
-    else:
-        path = options.student
+    path = str(data.tiny_student()) if options.student == "tiny" else options.student
     name = options.device if options.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     attention = "eager" if name == "cpu" and options.student == "tiny" else None  # a tenth faster for matrices so small
     try:
@@ -1012,13 +1002,9 @@ def load_models(options: Options) -> Models:
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise UserError(f"--student {options.student} is not a seq2seq model with its tokenizer: {first_line(error)}")
     if tokenizer.unk_token_id in tokenizer("predict: explain:").input_ids:
-        raise UserError(
-            f"--student {options.student} has no tokenizer that knows English text: add its tokenizer files."
-        )
+        raise UserError(f"--student {options.student} has a tokenizer that knows no English: add its tokenizer files.")
     if len(tokenizer) > student.config.vocab_size:
-        raise UserError(
-            f"--student {options.student}: the tokenizer has {len(tokenizer)} tokens, the model only {student.config.vocab_size}: they are not of one model."
-        )
+        raise UserError(f"--student {options.student} has fewer tokens than its tokenizer: they are not of one model.")
     try:
         student.to(torch.device(name)).train()
     except (RuntimeError, AssertionError) as error:
@@ -1096,8 +1082,6 @@ def check_options(options: Options) -> None:
 def fill_in(options: Options) -> Options:
     """Settle the options that depend on the student."""
     defaults = TINY if options.student == "tiny" else PUBLISHED
-    if options.student == "tiny" and options.method == "finetune":
-        defaults = defaults | {"lr": TINY_FINETUNE_LR}
     for key, value in defaults.items():
         if getattr(options, key) is None:
             setattr(options, key, value)
@@ -1119,11 +1103,8 @@ def open_run(options: Options) -> Path:
     student = re.sub(r"[^\w.-]+", "-", options.student).strip("-")
     run = Path(options.out or f"runs/{Path(options.task).stem}-{student}-{options.method}-s{options.seed}")
     config = run / "config.json"
-    wanted = {
-        k: v
-        for k, v in asdict(options).items()
-        if k not in ("out", "overwrite", "save_minutes", "device", "api_concurrency")
-    }
+    free = ("out", "overwrite", "save_minutes", "device", "api_concurrency")  # these may differ in a run that goes on
+    wanted = {k: v for k, v in asdict(options).items() if k not in free}
     try:
         if options.overwrite and config.exists():
             shutil.rmtree(run)
@@ -1132,9 +1113,7 @@ def open_run(options: Options) -> Path:
             other = [k for k in wanted if wanted[k] != there.get(k)]
             if other:
                 names = ", ".join(f"--{k.replace('_', '-')} {there.get(k)}" for k in other)
-                raise UserError(
-                    f"{run} holds a run with other options ({names}): use --out, or --overwrite to start afresh."
-                )
+                raise UserError(f"{run} holds a run with other options ({names}): use --out, or --overwrite.")
         (run / "negatives").mkdir(parents=True, exist_ok=True)
         write_atomically(config, json.dumps(wanted, indent=2) + "\n")
     except (OSError, ValueError) as error:
@@ -1195,10 +1174,7 @@ def run_command(command: Callable[[], Any]) -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except torch.OutOfMemoryError:
-        print(
-            "error: the GPU's memory is full: lower --batch-size or raise --grad-accum; checkpoints stay good.",
-            file=sys.stderr,
-        )
+        print("error: the GPU's memory is full: lower --batch-size or raise --grad-accum.", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("Stopped. What was done is saved; the same command goes on from there.", file=sys.stderr)

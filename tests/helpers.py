@@ -13,7 +13,9 @@ from qcrd import Discriminator, Models, Options
 
 
 def make_options(**changes: Any) -> Options:
-    return Options(**({"batch_size": 4, "lr": 1e-3, "judge_lr": 1e-3, "rounds": 2, "round_steps": 2} | changes))
+    return Options(
+        **({"batch_size": 4, "lr": 1e-3, "judge_lr": 1e-3, "judge_every": 4, "rounds": 2, "round_steps": 2} | changes)
+    )
 
 
 @functools.cache

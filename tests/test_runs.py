@@ -216,7 +216,7 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_step_and_the_questions():
     models = small_models(make_options(judge="none"))
     with torch.no_grad():
         models.student.get_encoder().final_layer_norm.weight.fill_(float("nan"))
-    story = data.toy_story(random.Random(0))
+    story = data.random_story(random.Random(0), 2)
     question = qcrd.Question(data.Example("toy-7", story.input(), "1", story=story), "1", ["one"], [])
     optimizers = {"student_optimizer": torch.optim.AdamW(models.student.parameters(), 1e-3)}
     with pytest.raises(UserError, match=r"step 5 .*toy-7"):

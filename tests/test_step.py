@@ -17,7 +17,7 @@ def a_batch(seed: int = 0) -> tuple[list[Question], dict[str, str]]:
     rng = random.Random(seed)
     questions, drawn = [], {}
     for i in range(6):
-        story = data.toy_story(rng)
+        story = data.random_story(rng, rng.choice(data.EVENTS))
         example = data.Example(f"q{i}", story.input(), data.equation(story.start, story.changes()), story=story)
         texts = list(
             dict.fromkeys(
@@ -40,14 +40,14 @@ def slow_nll(models: Models, prefix: str, question: str, target: str) -> torch.T
 
 def slow_l_cl(models: Models, batch: list[Question], drawn: dict[str, str]) -> tuple[torch.Tensor, ...]:
     """Every rationale with gradients, one call each, and the discriminator on all of them."""
-    sides = qcrd.candidates(batch, drawn, models.options)
     nll, score = [], []
-    for side in sides:
-        owner = [i for i, _ in side]
-        losses = [slow_nll(models, "explain:", batch[i].example.input, text) for i, text in side]
-        nll.append(grid(torch.stack(losses), owner, len(batch)))
-        scores = [models.score_constant([batch[i]], [text])[0] for i, text in side] if models.judge else losses
-        score.append(grid(torch.stack(scores).detach(), owner, len(batch))[0] if models.judge else None)
+    for side in qcrd.rationales_of(batch, drawn, models.options):
+        counts = [len(own) for own in side]
+        pairs = [(q, text) for q, own in zip(batch, side, strict=True) for text in own]
+        losses = [slow_nll(models, "explain:", q.example.input, text) for q, text in pairs]
+        nll.append(grid(torch.stack(losses), counts))
+        scores = [models.score_constant([q], [text])[0] for q, text in pairs] if models.judge else losses
+        score.append(grid(torch.stack(scores).detach(), counts)[0] if models.judge else None)
     (pos, pos_mask), (neg, neg_mask) = nll
     o = models.options
     return contrastive_loss(pos, pos_mask, neg, neg_mask, *score, o.beta, o.delta, o.scheme)
@@ -108,6 +108,22 @@ def test_l_cl_trains_the_student_and_not_the_discriminator():
     assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in models.student.parameters())
 
 
+def test_a_frozen_discriminators_features_are_computed_once_and_give_the_same_scores():
+    models = small_models(make_options(judge="frozen"))
+    batch, _ = a_batch()
+    pairs = [(q, text) for q in batch for text in q.positives + q.negatives]
+    first = models.score(*zip(*pairs, strict=True))
+    known = len(models.features)
+    assert known == len({(q.example.input, text) for q, text in pairs})
+    rows = [
+        torch.cat((torch.tensor(models.inputs([q.example.input])[0]), torch.tensor(models.targets([text])[0])))[None]
+        for q, text in pairs
+    ]
+    slow = torch.cat([models.judge(row.long(), torch.ones_like(row)) for row in rows])
+    assert torch.allclose(first, slow, atol=1e-5)
+    assert torch.equal(models.score(*zip(*pairs, strict=True)), first) and len(models.features) == known
+
+
 @pytest.mark.parametrize(("judge", "trains_encoder"), [("own", False), ("frozen", False), ("shared", True)])
 def test_only_a_shared_encoder_lets_l_d_shape_the_student(judge, trains_encoder):
     models = small_models(make_options(judge=judge, alpha1=0.0, alpha2=0.0))
@@ -155,7 +171,7 @@ def test_a_negative_beyond_the_margin_gives_the_student_no_gradient():
 
 
 def test_grid_lays_values_out_by_question():
-    values, mask = grid(torch.tensor([1.0, 2.0, 3.0]), [0, 2, 0], 3)
+    values, mask = grid(torch.tensor([1.0, 3.0, 2.0]), [2, 0, 1])
     assert values.tolist() == [[1, 3], [0, 0], [2, 0]]
     assert mask.tolist() == [[True, True], [False, False], [True, False]]
 
