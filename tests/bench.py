@@ -233,7 +233,7 @@ def contenders(student: Path, questions: list[qcrd.Question], batch: int, shares
 def peak_memory(name: str, student: Path, options: argparse.Namespace) -> float:
     """GB: of the GPU's tensors, or of a process of its own that trains a few steps."""
     command = [sys.executable, __file__, "--data", str(options.data), "--batch", str(options.batch),
-               "--memory-of", name, "--student", str(student), "--steps", "4"]  # fmt: skip
+               "--memory-of", name, "--student", str(student), "--steps", "2"]  # fmt: skip
     return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
 
 
@@ -264,15 +264,19 @@ def table(student: Path, options: argparse.Namespace) -> None:
 
 def grow(student: Path, options: argparse.Namespace) -> None:
     """Seconds a question against batch and rationales per question, and seconds to start against questions."""
+
+    def fastest(run: Any) -> float:
+        return min(run(options.steps) for _ in range(options.repeats)) / options.steps
+
     print("| batch | dss, examples/s | qcrd, examples/s |\n|---|---|---|")
     questions = load_questions(options.data)
     for batch in (4, 8, 16, 32):
         runs = [ours(student, questions, batch, method) for method in ("dss", "qcrd")]
-        print(f"| {batch} | " + " | ".join(f"{4 * batch / min(run(4) for _ in range(3)):.2f}" for run in runs) + " |")
+        print(f"| {batch} | " + " | ".join(f"{batch / fastest(run):.2f}" for run in runs) + " |")
     print("\n| positives a question | qcrd, seconds a step |\n|---|---|")
     for k in (1, 2, 5, 10):
         run = ours(student, load_questions(options.data, k), options.batch, "qcrd")
-        print(f"| {k} | {min(run(4) for _ in range(3)) / 4:.2f} |")
+        print(f"| {k} | {fastest(run):.2f} |")
     print("\n| questions | seconds for the batches of a round |\n|---|---|")
     for n in (1_000, 10_000, 100_000):
         many = [questions[i % len(questions)] for i in range(n)]
