@@ -579,6 +579,13 @@ def ask(task: Task, example: Example) -> Chat:
     return [{"role": "system", "content": system}, {"role": "user", "content": f"Question: {question}"}]
 
 
+def as_text(system: str, user: str) -> str:
+    """A chat as text to continue, with worked examples where the paper's output format is asked for."""
+    if "<Explanation>" in system:
+        return f"{system}\n\n{SHOTS}{user}\n<Explanation>:"
+    return f"{system}\n\n{user}\nReply:"
+
+
 Request = tuple[Example, int]  # a question, and the number of the sample
 Answers = Iterator[tuple[Request, str]]
 
@@ -609,7 +616,7 @@ def ask_model(requests: list[Request], chat: Callable[[Example], Chat], name: st
         if tokenizer.chat_template:
             texts = [tokenizer.apply_chat_template(c, tokenize=False, add_generation_prompt=True) for c in chats]
         else:
-            texts = [f"{system['content']}\n\n{SHOTS}{user['content']}\n<Explanation>:" for system, user in chats]
+            texts = [as_text(system["content"], user["content"]) for system, user in chats]
         special = seq2seq or not tokenizer.chat_template  # a chat template brings its own
         inputs = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=special).to(device)
         torch.manual_seed(int(hashlib.sha256(f"{batch[0][0].id}/{batch[0][1]}".encode()).hexdigest()[:8], 16))

@@ -649,11 +649,6 @@ def rationale_limit(models: Models, questions: list[Question]) -> int:
     return int(np.quantile(lengths, 0.9)) if lengths else models.options.max_target
 
 
-def label_of(output: str, options: Options) -> str:
-    """The label in what predict: wrote: all of it, or what follows the rationale of the single-task student."""
-    return output.rpartition(ANSWER_MARK)[2].strip() if options.method == "single" else output
-
-
 def evaluate(
     models: Models, task: Task, examples: list[Example], desc: str
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
@@ -661,7 +656,9 @@ def evaluate(
     options = models.options
     limit = options.max_target if options.method == "single" else LABEL_TOKENS
     inputs = [example.input for example in examples]
-    labels = [label_of(text, options) for text in generate(models, inputs, "predict", limit, desc=f"{desc} labels")]
+    labels = generate(models, inputs, "predict", limit, desc=f"{desc} labels")
+    if options.method == "single":  # the label follows the rationale
+        labels = [text.rpartition(ANSWER_MARK)[2].strip() for text in labels]
     rows: list[dict[str, Any]] = [
         {"id": e.id, "label": label, "correct": task.correct(label, e)}
         for e, label in zip(examples, labels, strict=True)

@@ -346,3 +346,10 @@ def test_a_wrong_download_is_one_sentence(tmp_path, monkeypatch, fault):
     with pytest.raises(UserError, match="--data"):
         data.download(f"http://127.0.0.1:{server.server_port}/datasets.zip")
     assert not list(tmp_path.glob("*/datasets.zip*.zip"))
+
+
+def test_a_model_without_chat_template_gets_worked_examples_of_the_papers_format_only_where_it_is_asked_for():
+    system, user = (m["content"] for m in data.ask(TASKS["toy"], data.Example("q", "Anna had 2 books.", "2")))
+    asked = data.as_text(system, user)
+    assert "Nina had 3 plums" in asked and asked.endswith("Anna had 2 books.\n<Explanation>:")
+    assert data.as_text("Which is better, A or B?", "A: x. B: y.") == "Which is better, A or B?\n\nA: x. B: y.\nReply:"
