@@ -80,7 +80,7 @@ OPERATORS: dict[type, Callable[[Any, Any], float]] = {
 
 
 def equation_value(text: str) -> float | None:
-    """The value of an equation of numbers, + - * / and brackets, as DSS's metric computes it, without eval().
+    """The value of an equation of numbers, + - * / and brackets, as DSS's metric computes it, from its syntax tree.
 
     Returns None for anything else: other symbols, more than 200 characters, a division by zero, an overflow.
     """
@@ -528,14 +528,15 @@ def think(rng: random.Random, story: Story, error_rate: float) -> str:
             used = wrong_events(rng, right, others)
             if used == right:
                 continue
-        steps = follow(story.start, [change for _, change in used])
+        changes = [change for _, change in used]
+        steps = follow(story.start, changes)
     opening, middle, closing = STYLES[rng.randrange(len(STYLES))]
     lines = [opening.format(s=story)]
     for (event, _), step in zip(used, steps, strict=True):
         do, short = "Add" if step.op == "+" else "Take away", f"{event.who} {event.verb} {event.n}"
         lines.append(middle.format(event=event, e=short, do=do, step=step))
     lines.append(closing.format(s=story, end=steps[-1].c))
-    return f"<Explanation>: {' '.join(lines)}\n<Answer>: {equation(story.start, [change for _, change in used])}"
+    return f"<Explanation>: {' '.join(lines)}\n<Answer>: {equation(story.start, changes)}"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -637,13 +638,13 @@ def ask_api(requests: list[Request], chat: Callable[[Example], Chat], name: str,
         timeout=API_TIMEOUT,
     )
 
-    how: Any = {"temperature": options.temperature}
-
     def one(request: Request) -> str:
         for attempt in range(API_TRIES):
             pause = min(60, 2**attempt * API_BACKOFF)
             try:
-                reply = client.chat_completion(chat(request[0]), model=name, max_tokens=MAX_TOKENS, **how)
+                reply = client.chat_completion(
+                    chat(request[0]), model=name, temperature=options.temperature, max_tokens=MAX_TOKENS
+                )
                 content = reply.choices[0].message.content
                 if isinstance(content, str):
                     return content
@@ -771,7 +772,9 @@ def collect(task: Task, examples: list[Example], teachers: list[str], options: A
                 seen.add((id, name, sample))
                 samples.setdefault(id, []).append(Sample(name, *parse_output(task, by_id[id], output)))
         if not seen:
-            raise UserError(f"--teacher {teacher} has no sample of {task.name}: ids must be like {examples[0].id!r}.")
+            raise UserError(
+                f"--teacher {teacher} has no sample of {task.name}: ids must match, such as {examples[0].id!r}."
+            )
     if options.k:
         most = max(map(len, samples.values()))
         if options.k > most:
@@ -799,9 +802,10 @@ def sampled(
     missing = [(e, n) for e in examples for n in range(k) if (e.id, n) not in known]
     how = ask_toy if teacher == "toy" else ask_api if teacher.startswith("api:") else ask_model
     asked = how(missing, chat, teacher.removeprefix("api:"), options) if missing else iter(())
-    bar: Any = {"total": len(missing), "desc": f"samples of {teacher}", "unit": "sample", "disable": not missing}
     try:
-        for (example, n), output in tqdm(asked, **bar):
+        for (example, n), output in tqdm(
+            asked, total=len(missing), desc=f"samples of {teacher}", unit="sample", disable=not missing
+        ):
             cache.append(example.id, teacher, n, output)
             known[example.id, n] = output
     except KeyboardInterrupt:
@@ -831,7 +835,7 @@ def told_story(rng: random.Random) -> str:
 
 
 def tiny_tokenizer(rng: random.Random) -> transformers.T5Tokenizer:
-    """A SentencePiece unigram model of the stories' and the teacher's words."""
+    """A T5 tokenizer of the pieces that SentencePiece's BPE finds in the stories and the teacher's samples."""
     stories = [random_story(rng, rng.randint(1, 3)) for _ in range(2000)]
     texts = [told_story(rng) for _ in stories]
     texts += [f"predict: explain: So the answer is {s.input()}".replace("\n", " ") for s in stories]
@@ -839,7 +843,8 @@ def tiny_tokenizer(rng: random.Random) -> transformers.T5Tokenizer:
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(texts), model_writer=model, vocab_size=300, model_type="bpe", hard_vocab_limit=False,
-        character_coverage=1.0, user_defined_symbols=list(".,:?"), pad_id=0, eos_id=1, unk_id=2, bos_id=-1, minloglevel=2)  # fmt: skip
+        user_defined_symbols=list(".,:?"),  # pieces of their own, so that a number is one token wherever it stands
+        character_coverage=1.0, pad_id=0, eos_id=1, unk_id=2, bos_id=-1, minloglevel=2)  # fmt: skip
     pieces = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
     # T5Tokenizer looks for the split of the highest total score: with -1 a piece that is the one of fewest pieces
     return transformers.T5Tokenizer(vocab=[(pieces.id_to_piece(i), -1.0) for i in range(len(pieces))], extra_ids=20)

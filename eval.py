@@ -73,7 +73,7 @@ STUDIES: dict[str, dict[str, str]] = {
     },
     "labels": {name: f"--method {name} --labels teacher" for name in ("dss", "mi", "qcrd")},
     "size": {
-        f"{m}, {s:.0%}": " ".join([o] * (o != "") + [f"--train-size {s}"] * (s < 1))
+        f"{m}, {s:.0%}": f"{o} --train-size {s}".strip() if s < 1 else o
         for s in (0.25, 0.5, 0.75, 1.0) for m, o in (("dss", "--method dss"), ("qcrd", ""))
     },
 }  # fmt: skip
@@ -118,8 +118,13 @@ def run_missing(options: Options, rows: dict[str, str]) -> None:
                    *shlex.split(options.options), *shlex.split(row)]  # fmt: skip
         command = [str(run_path(options, "--method dss", seed)) if word == "DSS" else word for word in command]
         with (out / "log.txt").open("w") as log:
-            how: Any = {"stdout": log, "stderr": subprocess.STDOUT, "env": os.environ | {"OMP_NUM_THREADS": threads}}
-            code = subprocess.run(command, check=False, **how).returncode
+            code = subprocess.run(
+                command,
+                check=False,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=os.environ | {"OMP_NUM_THREADS": threads},
+            ).returncode
         if code:
             raise UserError(f"{shlex.join(command)} ended with code {code}: {out / 'log.txt'} tells why.")
 
@@ -152,6 +157,7 @@ def study(options: Options) -> list[dict[str, Any]]:
     baseline = "--method dss --labels teacher" if options.study == "labels" else "--method dss"
     run_missing(options, rows | {"": baseline})
     results = {row: results_of(options, row) for row in {*rows.values(), baseline}}
+    figures = dict(zip(rows, PAPER.get((options.study, options.student), [()] * len(rows)), strict=True))
     table = []
     for name, row in rows.items():
         mean, error = summary([r["accuracy"] for r in results[row]])
@@ -163,9 +169,9 @@ def study(options: Options) -> list[dict[str, Any]]:
             gain, gain_error = summary([ours["accuracy"] - theirs["accuracy"] for ours, theirs in pairs])
             half = gain_error * (T_975[options.seeds - 2] if 2 <= options.seeds <= len(T_975) + 1 else 1.96)
             line["difference to dss, 95%"] = f"{gain:+.1f} [{gain - half:+.1f}, {gain + half:+.1f}]"
-        paper = dict(zip(PAPER_TASKS, dict(zip(rows, PAPER.get((options.study, options.student), []))).get(name, ())))
-        if paper.get(options.task) is not None:
-            line["paper"] = paper[options.task]
+        paper = dict(zip(PAPER_TASKS, figures[name])).get(options.task)
+        if paper is not None:
+            line["paper"] = paper
         table.append(line)
     name = f"{options.study}-{Path(options.task).stem}-{Path(options.student).name}"
     write_table(table, Path("runs") / "studies" / name)

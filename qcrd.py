@@ -110,13 +110,8 @@ class Options(TrainOptions, MethodOptions, TaskOptions):
     """All options; TINY fills the open ones for the built-in student, PUBLISHED for any other."""
 
 
-PUBLISHED = {
-    "batch_size": 64,
-    "lr": 5e-5,
-    "judge_lr": 5e-5,
-    "judge_steps": 500,
-    "judge_every": 4,
-}  # DSS, arXiv 2305.02301
+# Batch and learning rate of DSS (arXiv 2305.02301), and the paper's most for the discriminator's pretraining.
+PUBLISHED = {"batch_size": 64, "lr": 5e-5, "judge_lr": 5e-5, "judge_steps": 500, "judge_every": 4}
 TINY = {"batch_size": 8, "lr": 2e-3, "judge_lr": 1e-3, "judge_steps": 300, "judge_every": 8, "rounds": 10}
 DEFAULT_ROUNDS, PUBLISHED_STEPS = 20, 10_000  # the paper gives no number of rounds; DSS trains for 10,000 steps at most
 ALPHA3_DECAY = 0.9
@@ -402,15 +397,17 @@ class Models:
 
     def frozen_features(self, rows: list[np.ndarray]) -> Tensor:
         """Features (N, d_model) of an encoder that never changes: computed once for each row, without dropout."""
-        new = list({row.tobytes(): row for row in rows if row.tobytes() not in self.features}.values())
+        keys = [row.tobytes() for row in rows]
+        missing = {key: row for key, row in zip(keys, rows, strict=True) if key not in self.features}
+        new = list(missing.values())
         if new:
             self.judge.encoder.eval()
             with torch.no_grad():
                 values = in_groups(
                     lambda at: self.judge.features(*self.pad_inputs([new[i] for i in at])), new, self.group_tokens
                 )
-            self.features |= {row.tobytes(): value for row, value in zip(new, values, strict=True)}
-        found = torch.stack([self.features[row.tobytes()] for row in rows])
+            self.features.update(zip(missing, values, strict=True))
+        found = torch.stack([self.features[key] for key in keys])
         if len(self.features) > FEATURES:
             self.features.clear()
         return found
@@ -425,7 +422,7 @@ class Models:
 
 
 def in_groups(function: Callable[[list[int]], Tensor], rows: Sequence[np.ndarray], tokens: int) -> Tensor:
-    """function(indices) -> a number or vector each, called on groups of rows of like length: little padding, little memory."""
+    """function(indices) -> a number or vector each, called on groups of rows of like length: little padding and memory."""
     groups: list[list[int]] = []
     for i in sorted(range(len(rows)), key=lambda i: -len(rows[i])):
         if groups and (len(groups[-1]) + 1) * len(rows[groups[-1][0]]) <= tokens:
@@ -463,6 +460,14 @@ def rationales_of(
     return [q.positives for q in batch], [q.negatives + list(filter(None, [drawn.get(q.example.id)])) for q in batch]
 
 
+def flat(pos: list[list[str]], neg: list[list[str]]) -> tuple[list[int], list[int], list[str]]:
+    """All rationales of N questions in one list: how many are in each of 2 N rows (positives of all questions, then
+    negatives), the question of each rationale, and the rationales."""
+    counts = [len(own) for own in pos + neg]
+    owner = [row % len(pos) for row, count in enumerate(counts) for _ in range(count)]
+    return counts, owner, [text for own in pos + neg for text in own]
+
+
 def grid(values: Tensor, counts: Sequence[int]) -> tuple[Tensor, Tensor]:
     """Values (R,) of which counts[i] belong to row i, as (N, most of a row), and the mask of the real ones."""
     rows = nn.utils.rnn.pad_sequence(values.split(list(counts)), batch_first=True)
@@ -482,9 +487,7 @@ def rationale_loss(
     pos, neg = rationales_of(batch, drawn, options)
     if options.scheme == "sampling":
         pos, neg = ([random.sample(own, min(1, len(own))) for own in side] for side in (pos, neg))
-    counts = [len(own) for own in pos + neg]  # n rows of positives, then n of negatives
-    owner = [row % n for row, count in enumerate(counts) for _ in range(count)]
-    texts = [text for own in pos + neg for text in own]
+    counts, owner, texts = flat(pos, neg)
     ids = models.targets(texts)
 
     def loss_at(nll: Tensor, score: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -533,10 +536,8 @@ def judge_step_loss(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """L_D of the positives and negatives of each question, all scores (2 N, most of a row) and the real ones' mask."""
     n = len(batch)
-    texts = [text for own in pos + neg for text in own]
-    counts = [len(own) for own in pos + neg]
-    asked = [batch[row % n] for row, count in enumerate(counts) for _ in range(count)]
-    score, real = grid(models.score(asked, texts), counts)
+    counts, owner, texts = flat(pos, neg)
+    score, real = grid(models.score([batch[i] for i in owner], texts), counts)
     return judge_loss(score[:n], real[:n], score[n:], real[n:], models.options.judge_loss), score.detach(), real
 
 

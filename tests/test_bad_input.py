@@ -134,7 +134,7 @@ SAMPLES = [
     (b'{"id": "toy-train-0"}\n', "'teacher'"),
     (b'{"id": "toy-train-0", "teacher": "t", "sample": "0", "output": "x"}\n', "whole number"),
     (b'{"id": "toy-train-0", "teacher": "t", "sample": 0, "output": null}\n', "whole number"),
-    (b'{"id": "elsewhere", "teacher": "t", "sample": 0, "output": "x"}\n', "ids must be like"),
+    (b'{"id": "elsewhere", "teacher": "t", "sample": 0, "output": "x"}\n', "ids must match"),
     (b'{"id": "toy-train-0", "teacher": "t", "sample": 0, "output": "x"}\n{"id"\n', "line 2"),
 ]
 
