@@ -151,6 +151,14 @@ def summary(values: Sequence[float]) -> tuple[float, float]:
     return float(points.mean()), float(points.std(ddof=1) / math.sqrt(len(points))) if len(points) > 1 else math.nan
 
 
+def paired_difference(ours: list[dict[str, float]], theirs: list[dict[str, float]], key: str) -> str:
+    """The mean over seeds of ours - theirs in points, and its 95% interval by Student's t."""
+    gain, error = summary([a[key] - b[key] for a, b in zip(ours, theirs, strict=True)])
+    n = len(ours)
+    half = error * (T_975[n - 2] if 2 <= n <= len(T_975) + 1 else 1.96)
+    return f"{gain:+.1f} [{gain - half:+.1f}, {gain + half:+.1f}]"
+
+
 def study(options: Options) -> list[dict[str, Any]]:
     """Run a study; print its table and write it to runs/studies/ as Markdown and CSV."""
     rows = STUDIES[options.study]
@@ -160,15 +168,11 @@ def study(options: Options) -> list[dict[str, Any]]:
     figures = dict(zip(rows, PAPER.get((options.study, options.student), [()] * len(rows)), strict=True))
     table = []
     for name, row in rows.items():
-        mean, error = summary([r["accuracy"] for r in results[row]])
-        line: dict[str, Any] = {options.study: name, "accuracy": f"{mean:.1f} ± {error:.1f}"}
-        if "validity" in results[row][0]:
-            line["validity"] = "{:.1f} ± {:.1f}".format(*summary([r["validity"] for r in results[row]]))
-        if row != baseline:
-            pairs = zip(results[row], results[baseline], strict=True)
-            gain, gain_error = summary([ours["accuracy"] - theirs["accuracy"] for ours, theirs in pairs])
-            half = gain_error * (T_975[options.seeds - 2] if 2 <= options.seeds <= len(T_975) + 1 else 1.96)
-            line["difference to dss, 95%"] = f"{gain:+.1f} [{gain - half:+.1f}, {gain + half:+.1f}]"
+        line: dict[str, Any] = {options.study: name}
+        for key in [key for key in ("accuracy", "validity") if key in results[row][0]]:
+            line[key] = "{:.1f} ± {:.1f}".format(*summary([r[key] for r in results[row]]))
+            if row != baseline and key in results[baseline][0]:
+                line[f"{key} - dss, 95%"] = paired_difference(results[row], results[baseline], key)
         paper = dict(zip(PAPER_TASKS, figures[name])).get(options.task)
         if paper is not None:
             line["paper"] = paper

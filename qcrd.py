@@ -462,10 +462,10 @@ def rationales_of(
 
 def flat(pos: list[list[str]], neg: list[list[str]]) -> tuple[list[int], list[int], list[str]]:
     """All rationales of N questions in one list: how many are in each of 2 N rows (positives of all questions, then
-    negatives), the question of each rationale, and the rationales."""
+    negatives), the row of each rationale (its question is row % N), and the rationales."""
     counts = [len(own) for own in pos + neg]
-    owner = [row % len(pos) for row, count in enumerate(counts) for _ in range(count)]
-    return counts, owner, [text for own in pos + neg for text in own]
+    rows = [row for row, count in enumerate(counts) for _ in range(count)]
+    return counts, rows, [text for own in pos + neg for text in own]
 
 
 def grid(values: Tensor, counts: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -479,16 +479,17 @@ def rationale_loss(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """L_cl of a batch, with the gradient of eqs. 3 to 7, and its two terms before beta (detached).
 
-    Min, max and margin leave most rationales without a gradient. So all are scored without gradients first; the
-    derivative of L_cl by each l(f(x), r) then tells which rationales have one, and only these run again, weighted by
-    that derivative: the chain rule, hence the same gradient as running all of them at once.
+    Min, max and margin leave most rationales without a gradient. So all are scored without gradients first, but for
+    a question's only positive, which is its min at any l; the derivative of L_cl by each l(f(x), r) then tells which
+    rationales have one, and only these run again, weighted by that derivative: the chain rule, hence the same
+    gradient as running all of them at once.
     """
     options, n = models.options, len(batch)
     pos, neg = rationales_of(batch, drawn, options)
     if options.scheme == "sampling":
         pos, neg = ([random.sample(own, min(1, len(own))) for own in side] for side in (pos, neg))
-    counts, owner, texts = flat(pos, neg)
-    ids = models.targets(texts)
+    counts, rows, texts = flat(pos, neg)
+    owner, ids = [row % n for row in rows], models.targets(texts)
 
     def loss_at(nll: Tensor, score: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         (values, real), quality = grid(nll, counts), grid(score, counts)[0]
@@ -506,9 +507,10 @@ def rationale_loss(
         return models.nll(states, mask, [ids[i] for i in which], [owner[i] for i in which])
 
     nll = torch.zeros(len(texts), device=states.device)
-    if max(counts) > 1 or any(neg):  # something to choose
+    compared = [i for i, row in enumerate(rows) if row >= n or counts[row] > 1]
+    if compared:
         with torch.no_grad():
-            nll = run(list(range(len(texts))))
+            nll[compared] = run(compared)
     score = torch.full_like(nll, 0.5)
     if models.judge is not None and texts:  # only the chosen rationales' scores are ever used, but by the weighted mean
         rated = torch.ones_like(nll) if options.scheme == "wmean" else derivative(nll, score)
@@ -536,8 +538,8 @@ def judge_step_loss(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """L_D of the positives and negatives of each question, all scores (2 N, most of a row) and the real ones' mask."""
     n = len(batch)
-    counts, owner, texts = flat(pos, neg)
-    score, real = grid(models.score([batch[i] for i in owner], texts), counts)
+    counts, rows, texts = flat(pos, neg)
+    score, real = grid(models.score([batch[row % n] for row in rows], texts), counts)
     return judge_loss(score[:n], real[:n], score[n:], real[n:], models.options.judge_loss), score.detach(), real
 
 

@@ -26,6 +26,7 @@ from typing import Any
 import sentencepiece
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     DataCollatorForSeq2Seq,
     Seq2SeqTrainer,
@@ -230,11 +231,35 @@ def contenders(student: Path, questions: list[qcrd.Question], batch: int, shares
     }
 
 
+def product_rate(dtype: torch.dtype) -> float:
+    """GFLOP/s of a matrix product of a size that these students have: what bounds a step that does nothing else."""
+    a, b = (torch.randn(1024, 1024, device=DEVICE, dtype=dtype) for _ in range(2))
+    times = []
+    for _ in range(20):
+        began = synchronized()
+        a @ b
+        times.append(synchronized() - began)
+    return 2 * 1024**3 / statistics.median(times) / 1e9
+
+
 def peak_memory(name: str, student: Path, options: argparse.Namespace) -> float:
     """GB: of the GPU's tensors, or of a process of its own that trains a few steps."""
     command = [sys.executable, __file__, "--data", str(options.data), "--batch", str(options.batch),
                "--memory-of", name, "--student", str(student), "--steps", "2"]  # fmt: skip
     return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
+
+
+def count_products(student: Path, questions: list, options: argparse.Namespace, speed: dict[str, float]) -> None:
+    """Matrix products a question, counted on a step of four questions, against the machine's rate."""
+    bf16 = qcrd.use_bf16("auto", DEVICE, SHAPES[options.shape]["d_model"])
+    rate = product_rate(torch.bfloat16 if bf16 else torch.float32)
+    print(f"\n| | GFLOP a question | of {rate:.0f} GFLOP/s ({'bf16' if bf16 else 'fp32'}) |\n|---|---|---|")
+    for name, make in contenders(student, questions, 4, []).items():
+        run = make()
+        with FlopCounterMode(display=False) as counter:
+            run(1)
+        flops = counter.get_total_flops() / 4 / 1e9
+        print(f"| {name} | {flops:.1f} | {speed[name] * flops / rate:.0%} |", flush=True)
 
 
 def table(student: Path, options: argparse.Namespace) -> None:
@@ -256,6 +281,7 @@ def table(student: Path, options: argparse.Namespace) -> None:
     print(f"\nqcrd against obvious qcrd: {speed['ours, qcrd'] / speed['obvious qcrd']:.1f} times")
     print(f"share of qcrd's time that writes negatives: {statistics.median(shares[1:]):.0%}", flush=True)
     runs.clear()
+    count_products(student, questions, options, speed)
     memory = {name: peak_memory(name, student, options) for name in speed}
     print("\n| | peak GB | ratio to the trainer |\n|---|---|---|")
     for name, gigabytes in memory.items():

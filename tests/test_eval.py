@@ -64,6 +64,12 @@ def test_a_study_runs_what_is_missing_and_goes_on(student, tmp_path):  # noqa: F
     assert [p.stat().st_mtime_ns for p in results[1:]] == times
 
 
+def test_paired_difference_by_hand():
+    ours, theirs = ([{"accuracy": x} for x in values] for values in ((0.8, 0.9, 0.7), (0.7, 0.7, 0.7)))
+    # differences of 10, 20 and 0 points: mean 10, standard error 10 / sqrt(3); t = 4.30 at two degrees of freedom
+    assert evaluation.paired_difference(ours, theirs, "accuracy") == "+10.0 [-14.8, +34.8]"
+
+
 def test_studies_share_the_runs_they_have_in_common():
     options = evaluation.Options(study="methods")
     assert evaluation.STUDIES["methods"]["dss"] == evaluation.STUDIES["ablation"]["dss"]
