@@ -118,6 +118,8 @@ ALPHA3_DECAY = 0.9
 WARMUP = 50  # steps in which the learning rate rises
 FEATURES = 200_000  # of a frozen discriminator, at most kept: 0.4 GB at T5-small's width
 WRITE_BATCH = 512  # questions answered at once
+LARGE_VOCABULARY = 4096  # from which on the output layer's loss is computed in parts, of so many logits
+LOGITS_CPU, LOGITS_CUDA = 2**21, 2**27
 LABEL_TOKENS = 64
 ANSWER_MARK = "So the answer is"  # between rationale and label in the single-task target
 
@@ -331,6 +333,10 @@ class Models:
         self.inputs, self.targets = Tokens(tokenizer, options.max_input - 4), Tokens(tokenizer, options.max_target)
         self.predict, self.explain = (np.array(tokenizer(p).input_ids[:-1], np.int32) for p in ("predict:", "explain:"))
         self.bf16 = use_bf16(options.precision, self.device, student.config.d_model)
+        for module in [*student.modules(), *(judge.modules() if judge else ())]:
+            if self.bf16 and "LayerNorm" in type(module).__name__:
+                # cast once what the layers after it (q, k and v) would cast each for itself, and keep three times
+                module.register_forward_hook(lambda _, __, states: states.bfloat16())
         self.features: dict[bytes, Tensor] = {}
         # padded tokens that one pass over rationales reads: a GPU wants many, a CPU wants little padding
         self.group_tokens = 2**14 if self.device.type == "cuda" else 2**18 // student.config.d_model
@@ -358,7 +364,7 @@ class Models:
             return self.student.get_encoder()(input_ids=ids, attention_mask=mask).last_hidden_state, mask
 
     def decode(self, states: Tensor, mask: Tensor, rows: Sequence[np.ndarray]) -> tuple[Tensor, Tensor, Tensor]:
-        """Teacher-forced logits (T, V) of the T real target tokens, the target ids (T,) and the row of each (T,).
+        """Teacher-forced decoder states (T, d_model) of the T real target tokens, their ids (T,) and rows (T,).
 
         The output layer is most of a small student's decoder, so it is applied to real tokens only.
         """
@@ -372,7 +378,16 @@ class Models:
             hidden = hidden[real]  # (T, d_model)
             if self.student.config.scale_decoder_outputs:
                 hidden = hidden * self.student.config.d_model**-0.5
-            return self.student.lm_head(hidden), targets[real], real.nonzero()[:, 0]
+            return hidden, targets[real], real.nonzero()[:, 0]
+
+    def token_losses(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """Cross-entropy of T tokens, (T,), from their decoder states (T, d_model) and ids (T,)."""
+        layer = self.student.lm_head
+        with self.autocast():
+            if len(layer.weight) < LARGE_VOCABULARY:
+                return F.cross_entropy(layer(hidden).float(), targets, reduction="none")
+            hidden = hidden.to(torch.bfloat16 if self.bf16 else torch.float32)
+            return OutputLayerLoss.apply(hidden, layer.weight, targets, torch.is_grad_enabled())
 
     def nll(self, states: Tensor, mask: Tensor, rows: Sequence[np.ndarray], at: Sequence[int]) -> Tensor:
         """l(f(x), r): the token-mean cross-entropy of each target row, (N,), in nats per token.
@@ -382,7 +397,8 @@ class Models:
 
         def losses(group: list[int]) -> Tensor:
             own = torch.tensor([at[i] for i in group], device=states.device)
-            return token_mean(*self.decode(states[own], mask[own], [rows[i] for i in group]), len(group))
+            hidden, targets, row = self.decode(states[own], mask[own], [rows[i] for i in group])
+            return token_mean(self.token_losses(hidden, targets), row, len(group))
 
         return in_groups(losses, rows, self.group_tokens)
 
@@ -441,14 +457,45 @@ class Dropout(nn.Dropout):
         if not self.training or self.p == 0:
             return x
         draws = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
-        kept = draws.view(torch.int16)[: x.numel()].view(x.shape) >= round(self.p * 2**16) - 2**15
-        return x * (kept.to(x.dtype) / (1 - self.p))
+        dropped = draws.view(torch.int16)[: x.numel()].view(x.shape) < round(self.p * 2**16) - 2**15
+        return x.masked_fill(dropped, 0) / (1 - self.p)
 
 
-def token_mean(logits: Tensor, targets: Tensor, row: Tensor, n: int) -> Tensor:
-    """Mean cross-entropy of the tokens of each row, (n,), from logits (T, V), targets (T,) and rows (T,)."""
-    losses = F.cross_entropy(logits.float(), targets, reduction="none")
+def token_mean(losses: Tensor, row: Tensor, n: int) -> Tensor:
+    """Mean over the tokens of each row, (n,), of token losses (T,) of rows (T,)."""
     return losses.new_zeros(n).index_add(0, row, losses) / torch.bincount(row, minlength=n)
+
+
+class OutputLayerLoss(torch.autograd.Function):
+    """Cross-entropy of T tokens, (T,) in fp32, from decoder states (T, d_model), output weights (V, d_model) and targets.
+
+    Over T5's vocabulary the logits, their logarithms and the gradients of both are a step's largest tensors. Here
+    they exist for a few tokens at a time; kept is only the gradient by the logits (softmax - one-hot), in bf16 if
+    the states are.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, weight: Tensor, targets: Tensor, needs_gradient: bool) -> Tensor:
+        weight = weight.to(states.dtype)
+        losses, gradient = [], states.new_empty(len(states) if needs_gradient else 0, len(weight))  # (T, V)
+        at_once = (LOGITS_CUDA if states.is_cuda else LOGITS_CPU) // len(weight)
+        for i in range(0, len(states), at_once):
+            logits = (states[i : i + at_once] @ weight.T).float()
+            own = torch.arange(len(logits), device=states.device), targets[i : i + at_once]
+            log_sum = logits.logsumexp(1)
+            losses.append(log_sum - logits[own])
+            if needs_gradient:
+                softmax = logits.sub_(log_sum[:, None]).exp_()
+                softmax[own] -= 1
+                gradient[i : i + at_once] = softmax
+        ctx.save_for_backward(states, weight, gradient)
+        return torch.cat(losses)
+
+    @staticmethod
+    def backward(ctx: Any, pull: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        states, weight, gradient = ctx.saved_tensors
+        pull = pull[:, None].to(states.dtype)
+        return (gradient @ weight) * pull, (gradient.T @ (states * pull)).float(), None, None
 
 
 def rationales_of(
@@ -544,13 +591,13 @@ def judge_step_loss(
 
 
 def mi_term(models: Models, states: Tensor, mask: Tensor, batch: list[Question], pred: Tensor, row: Tensor) -> Tensor:
-    """MI's term of the questions that have a rationale, from the logits of predict: and a run of explain:."""
+    """MI's term of the questions that have a rationale, from the decoder states of predict: and a run of explain:."""
     kept = [i for i, q in enumerate(batch) if q.positives]
     if not kept:
         return pred.sum() * 0
     expl, _, expl_row = models.decode(states[kept], mask[kept], models.targets([batch[i].positives[0] for i in kept]))
-    pred_probs = max_over_positions(pred, row, len(batch))[kept]
-    return mutual_information_loss(pred_probs, max_over_positions(expl, expl_row, len(kept)))
+    pred_probs = max_over_positions(models.student.lm_head(pred), row, len(batch))[kept]
+    return mutual_information_loss(pred_probs, max_over_positions(models.student.lm_head(expl), expl_row, len(kept)))
 
 
 def max_over_positions(logits: Tensor, row: Tensor, n: int) -> Tensor:
@@ -559,10 +606,10 @@ def max_over_positions(logits: Tensor, row: Tensor, n: int) -> Tensor:
     return probs.new_zeros(n, probs.shape[1]).scatter_reduce(0, row[:, None].expand_as(probs), probs, "amax")
 
 
-def step_loss(
-    models: Models, batch: list[Question], drawn: dict[str, str], round_: int, judge_now: bool
+def student_loss(
+    models: Models, batch: list[Question], drawn: dict[str, str], round_: int
 ) -> tuple[Tensor, dict[str, float]]:
-    """L_total of a batch (eq. 8) for backward(), and sums over its questions for the round's line."""
+    """The terms of L_total (eq. 8) that train the student, for backward(), and sums over questions for the round's line."""
     options, n = models.options, len(batch)
     inputs = models.inputs([q.example.input for q in batch])
     rows = [np.concatenate((models.predict, x)) for x in inputs]
@@ -570,32 +617,39 @@ def step_loss(
     if options.method not in ("finetune", "single"):
         rows += [np.concatenate((models.explain, x)) for x in inputs]
     states, mask = models.encode(rows)  # one pass for both tasks, and its states serve all rationales of a question
-    logits, targets, row = models.decode(states[:n], mask[:n], labels)
-    l_pred = token_mean(logits, targets, row, n).mean()
+    hidden, targets, row = models.decode(states[:n], mask[:n], labels)
+    l_pred = token_mean(models.token_losses(hidden, targets), row, n).mean()
     sums = {"n": n, "pred": l_pred.item() * n}
     if options.method in ("finetune", "single"):
         return l_pred, sums
     l_cl, pos_term, neg_term = rationale_loss(models, batch, drawn, states[n:], mask[n:])
-    l_d = l_pred.new_zeros(())
     pos, neg = rationales_of(batch, drawn, options)
     sums |= {"positive": pos_term.item() * n, "negative": neg_term.item() * n}
     sums |= {"no positive": n - sum(map(bool, pos)), "no negative": n - sum(map(bool, neg))}
-    if judge_now and models.judge is not None:
-        asked = [q for q in batch[: judge_batch(options)] if not q.held_out]
-        pos, neg = rationales_of(asked, drawn, options)
-        if any(pos + neg):
-            l_d, score, real = judge_step_loss(models, asked, pos, neg)
-            m, few = len(asked), torch.tensor([len(q.negatives) for q in asked]).to(score.device)
-            taught = torch.arange(score.shape[1]).to(score.device) < few[:, None]  # before the student's own
-            groups = {"D pos": score[:m][real[:m]], "D teacher neg": score[m:][real[m:] & taught]}
-            groups["D student neg"] = score[m:][real[m:] & ~taught]
-            sums |= {name: group.sum().item() for name, group in groups.items()}
-            sums |= {f"#{name}": len(group) for name, group in groups.items()}
-            sums |= {"judge": l_d.item() * n, "#judge": n}
-    loss = total_loss(l_pred, l_cl, l_d, (options.alpha1, options.alpha2, options.alpha3), round_)
+    loss = total_loss(l_pred, l_cl, l_pred.new_zeros(()), (options.alpha1, options.alpha2, options.alpha3), round_)
     if options.method == "mi":
-        loss = loss + options.mi_weight * mi_term(models, states[n:], mask[n:], batch, logits, row)
+        loss = loss + options.mi_weight * mi_term(models, states[n:], mask[n:], batch, hidden, row)
     return loss, sums
+
+
+def discriminator_loss(
+    models: Models, batch: list[Question], drawn: dict[str, str], round_: int
+) -> tuple[Tensor, dict[str, float]]:
+    """The term of L_total (eq. 8) that trains D, for backward(), and sums for the round's line."""
+    options, zero = models.options, torch.zeros((), device=models.device)
+    asked = [q for q in batch[: judge_batch(options)] if not q.held_out]
+    pos, neg = rationales_of(asked, drawn, options)
+    if not any(pos + neg):
+        return zero, {}
+    l_d, score, real = judge_step_loss(models, asked, pos, neg)
+    n, few = len(asked), torch.tensor([len(q.negatives) for q in asked]).to(score.device)
+    taught = torch.arange(score.shape[1]).to(score.device) < few[:, None]  # before the student's own
+    groups = {"D pos": score[:n][real[:n]], "D teacher neg": score[n:][real[n:] & taught]}
+    groups["D student neg"] = score[n:][real[n:] & ~taught]
+    sums = {name: group.sum().item() for name, group in groups.items()}
+    sums |= {f"#{name}": len(group) for name, group in groups.items()}
+    sums |= {"judge": l_d.item() * len(batch), "#judge": len(batch)}
+    return total_loss(zero, zero, l_d, (options.alpha1, options.alpha2, options.alpha3), round_), sums
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -937,21 +991,23 @@ def train_step(models, optimizers, batch, drawn, round_, progress, total) -> Non
     options, step = models.options, progress["step"]
     torch.manual_seed(step_seed(options.seed, step, "step"))
     random.seed(step_seed(options.seed, step, "step"))  # scheme "sampling" draws from it
-    judge_now = step % options.judge_every == 0
+    judge_now = models.judge is not None and step % options.judge_every == 0
     for optimizer in optimizers.values():
         optimizer.zero_grad()
     rate = options.lr * min(1, (step + 1) / WARMUP) * (1 - step / total)
     optimizers["student_optimizer"].param_groups[0]["lr"] = rate
     size = math.ceil(len(batch) / options.grad_accum)
     for part in [batch[i : i + size] for i in range(0, len(batch), size)]:
-        with models.autocast():  # around the whole step, so that each weight is cast once
-            loss, sums = step_loss(models, part, drawn, round_, judge_now)
-        if not torch.isfinite(loss):
-            at = f"step {step} (questions {', '.join(q.example.id for q in part[:5])}, ...)"
-            raise UserError(f"the loss is {loss.item()} at {at}: lower --lr or use --precision fp32.")
-        (loss * len(part) / len(batch)).backward()
-        for key, value in sums.items():
-            progress["sums"][key] = progress["sums"].get(key, 0) + value
+        for terms in (student_loss, discriminator_loss)[: 1 + judge_now]:  # apart: one graph in memory at a time
+            with models.autocast():  # around all of them, so that each weight is cast once
+                loss, sums = terms(models, part, drawn, round_)
+            if not torch.isfinite(loss):
+                at = f"step {step} (questions {', '.join(q.example.id for q in part[:5])}, ...)"
+                raise UserError(f"the loss is {loss.item()} at {at}: lower --lr or use --precision fp32.")
+            if loss.requires_grad:
+                (loss * len(part) / len(batch)).backward()
+            for key, value in sums.items():
+                progress["sums"][key] = progress["sums"].get(key, 0) + value
     for name, optimizer in optimizers.items():
         if name == "student_optimizer" or judge_now:
             clip_and_step(optimizer)

@@ -9,8 +9,10 @@ import pytest
 import torch
 from torch import tensor
 
+import qcrd
 from qcrd import (
     Discriminator,
+    OutputLayerLoss,
     contrastive_loss,
     judge_loss,
     mutual_information_loss,
@@ -26,9 +28,38 @@ S_POS, S_NEG = tensor([[0.9, 0.4]]), tensor([[0.2, 0.7]])
 
 def test_token_mean_is_the_mean_over_each_rows_own_tokens():
     # row 0 has two tokens of probability 1/2 and 1/4, row 1 one token of probability 1/8
-    logits = torch.log(tensor([[0.5, 0.5], [0.25, 0.75], [0.125, 0.875]]))
-    result = token_mean(logits, tensor([0, 0, 0]), tensor([0, 0, 1]), 2)
+    result = token_mean(tensor([math.log(2), math.log(4), math.log(8)]), tensor([0, 0, 1]), 2)
     assert torch.allclose(result, tensor([(math.log(2) + math.log(4)) / 2, math.log(8)]))
+
+
+def test_output_layer_loss_by_hand():
+    # one token, a vocabulary of two, logits log 3 and 0: probabilities 3/4 and 1/4
+    states, weight = tensor([[1.0]], requires_grad=True), tensor([[math.log(3)], [0.0]], requires_grad=True)
+    loss = OutputLayerLoss.apply(states, weight, tensor([0]), True)
+    assert loss.item() == pytest.approx(math.log(4 / 3))
+    loss.sum().backward()
+    assert torch.allclose(weight.grad, tensor([[-0.25], [0.25]]))  # softmax - one-hot
+    assert states.grad.item() == pytest.approx(-0.25 * math.log(3))
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_output_layer_loss_in_parts_is_the_cross_entropy_of_all_logits(monkeypatch, dtype, tolerance):
+    torch.manual_seed(0)
+    states, weight, targets = torch.randn(13, 8), torch.randn(50, 8), torch.randint(50, (13,))
+    pull = torch.rand(13)  # a weight of each token's loss
+    monkeypatch.setattr(qcrd, "LOGITS_CPU", 50 * 4)  # four tokens at a time, then one
+    found = []
+    for fast in (False, True):
+        a, w = states.to(dtype).requires_grad_(), weight.clone().requires_grad_()
+        if fast:
+            losses = OutputLayerLoss.apply(a, w, targets, True)
+        else:
+            losses = torch.nn.functional.cross_entropy(a.float() @ w.T, targets, reduction="none")
+        (losses * pull).sum().backward()
+        found.append((losses.detach(), a.grad.float(), w.grad))
+    for slow, quick in zip(*found, strict=True):
+        assert (slow - quick).abs().max() <= tolerance * slow.abs().max()
+    assert torch.equal(OutputLayerLoss.apply(states.to(dtype), weight, targets, False), found[1][0])
 
 
 def test_eqs_3_to_5_minmax_takes_the_easiest_positive_and_the_least_likely_negative():

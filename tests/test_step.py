@@ -8,7 +8,7 @@ import torch
 
 import data
 import qcrd
-from qcrd import Models, Question, contrastive_loss, grid, rationale_loss, step_loss
+from qcrd import Models, Question, contrastive_loss, discriminator_loss, grid, rationale_loss, student_loss
 from tests.helpers import make_options, small_models
 
 
@@ -81,8 +81,10 @@ def test_two_passes_give_the_loss_and_gradient_of_all_rationales_at_once(scheme,
         assert torch.allclose(fast_grad[name], grad, atol=1e-5), name
 
 
+@pytest.mark.parametrize("large", [1, 4096])  # from which vocabulary on the output layer's loss is computed in parts
 @pytest.mark.parametrize("tokens", [1, 30, 10_000])  # one row a pass, a few, all
-def test_groups_of_like_length_equal_a_loop_over_single_sequences(tokens):
+def test_groups_of_like_length_equal_a_loop_over_single_sequences(monkeypatch, tokens, large):
+    monkeypatch.setattr(qcrd, "LARGE_VOCABULARY", large)
     models = small_models(make_options())
     models.group_tokens = tokens
     batch, _ = a_batch(1)
@@ -103,7 +105,7 @@ def test_the_prefix_is_tokenized_as_part_of_the_input():
 def test_l_cl_trains_the_student_and_not_the_discriminator():
     models = small_models(make_options(alpha1=0.0))
     batch, drawn = a_batch()
-    step_loss(models, batch, drawn, 0, judge_now=False)[0].backward()
+    student_loss(models, batch, drawn, 0)[0].backward()
     assert all(p.grad is None for p in models.judge.parameters())
     assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in models.student.parameters())
 
@@ -128,7 +130,8 @@ def test_a_frozen_discriminators_features_are_computed_once_and_give_the_same_sc
 def test_only_a_shared_encoder_lets_l_d_shape_the_student(judge, trains_encoder):
     models = small_models(make_options(judge=judge, alpha1=0.0, alpha2=0.0))
     batch, drawn = a_batch()
-    step_loss(models, batch, drawn, 0, judge_now=True)[0].backward()
+    student_loss(models, batch, drawn, 0)[0].backward()
+    discriminator_loss(models, batch, drawn, 0)[0].backward()
     encoder = [
         p.grad.abs().sum().item() if p.grad is not None else 0 for p in models.student.get_encoder().parameters()
     ]
@@ -148,14 +151,14 @@ def test_after_a_step_the_chosen_positive_is_likelier_and_a_negative_below_the_m
     texts = [*question.positives, *question.negatives]
     before = nlls(models, question, texts)
     chosen = before.index(min(before[:2]))
-    step_loss(models, [question], {}, 0, judge_now=False)[0].backward()
+    student_loss(models, [question], {}, 0)[0].backward()
     optimizer.step()
     after = nlls(models, question, texts)
     assert after[2] > before[2] or after[chosen] < before[chosen]  # both pull at shared words; at least one shows here
     for side, sign in (({"beta": 0.0}, -1), ({"alpha2": 1.0}, 1)):
         models = small_models(make_options(alpha1=0.0, delta=20.0, judge="none", **side))
         lone = Question(question.example, question.label, question.positives if sign < 0 else [], question.negatives)
-        step_loss(models, [lone], {}, 0, judge_now=False)[0].backward()
+        student_loss(models, [lone], {}, 0)[0].backward()
         torch.optim.SGD(models.student.parameters(), 0.01).step()
         after, at = nlls(models, question, texts), chosen if sign < 0 else 2
         assert sign * (after[at] - before[at]) > 0
@@ -165,7 +168,7 @@ def test_a_negative_beyond_the_margin_gives_the_student_no_gradient():
     models = small_models(make_options(alpha1=0.0, delta=0.1))
     question = a_batch()[0][2]
     lone = Question(question.example, question.label, [], question.negatives)
-    loss, _ = step_loss(models, [lone], {}, 0, judge_now=False)
+    loss, _ = student_loss(models, [lone], {}, 0)
     loss.backward()
     assert sum(p.grad.abs().sum().item() for p in models.student.parameters() if p.grad is not None) == 0
 
@@ -200,8 +203,8 @@ def test_in_bf16_one_autocast_around_the_step_gives_the_gradients_of_many(judge)
         models = small_models(make_options(precision="bf16", judge=judge))
         batch, drawn = a_batch()
         with models.autocast() if around else nullcontext():
-            loss, _ = step_loss(models, batch, drawn, 0, judge_now=True)
-        loss.backward()
+            losses = [terms(models, batch, drawn, 0)[0] for terms in (student_loss, discriminator_loss)]
+        sum(losses).backward()
         parts = {"student": models.student, "judge": models.judge}
         grads.append({f"{k}.{n}": p.grad for k, part in parts.items() for n, p in part.named_parameters()})
     assert grads[0].keys() == grads[1].keys()
