@@ -765,15 +765,24 @@ def judge_auc(models: Models, questions: list[Question]) -> float:
 
     Good is what the exact check says where there is one (toy), else what the vote said. NaN without a pair.
     """
-    wins = []
+    owners: list[Question] = []
+    rationales: list[str] = []
+    goods: list[Tensor] = []
     for q in [q for q in questions if q.held_out][:200]:
         texts = q.positives + q.negatives
         good = [data.is_valid(q.example, t) if q.example.story else i < len(q.positives) for i, t in enumerate(texts)]
         if any(good) and not all(good):
-            scores = models.score_constant([q] * len(texts), texts).tolist()
-            pairs = [(a, b) for a, ga in zip(scores, good) for b, gb in zip(scores, good) if ga and not gb]
-            wins += [(a > b) + (a == b) / 2 for a, b in pairs]
-    return sum(wins) / len(wins) if wins else math.nan
+            owners += [q] * len(texts)
+            rationales += texts
+            goods.append(torch.tensor(good))
+    if not goods:
+        return math.nan
+    wins = []
+    scores = models.score_constant(owners, rationales).cpu()
+    for score, is_good in zip(scores.split([len(good) for good in goods]), goods, strict=True):
+        margin = score[is_good][:, None] - score[~is_good]  # (good, bad)
+        wins.append((margin > 0).float() + (margin == 0).float() / 2)
+    return torch.cat([pairs.flatten() for pairs in wins]).mean().item()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -986,8 +995,16 @@ def train(models: Models, questions: list[Question], run: Path) -> list[dict[str
     return progress["rounds"]
 
 
-def train_step(models, optimizers, batch, drawn, round_, progress, total) -> None:
-    """One step of both optimizers; adds its sums to `progress`."""
+def train_step(
+    models: Models,
+    optimizers: dict[str, torch.optim.Optimizer],
+    batch: list[Question],
+    drawn: dict[str, str],
+    round_: int,
+    progress: dict[str, Any],
+    total: int,
+) -> None:
+    """One of `total` steps of both optimizers; adds its sums to `progress`. UserError if a loss is not finite."""
     options, step = models.options, progress["step"]
     torch.manual_seed(step_seed(options.seed, step, "step"))
     random.seed(step_seed(options.seed, step, "step"))  # scheme "sampling" draws from it

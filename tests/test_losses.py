@@ -4,16 +4,20 @@ import inspect
 import math
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import tensor
 
+import data
 import qcrd
 from qcrd import (
     Discriminator,
     OutputLayerLoss,
+    Question,
     contrastive_loss,
+    judge_auc,
     judge_loss,
     mutual_information_loss,
     self_consistency,
@@ -220,3 +224,17 @@ def test_the_three_names_work_pasted_into_a_notebook(tmp_path):
     (tmp_path / "notebook.py").write_text(NOTEBOOK.replace("{pasted}", pasted))
     done = subprocess.run([sys.executable, "notebook.py"], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.stdout == "it works\n", done.stderr
+
+
+def test_auc_of_the_discriminator_by_hand():
+    scores = {"a": 0.9, "b": 0.4, "c": 0.6, "d": 0.4, "e": 0.1, "f": 0.8}
+    judge = SimpleNamespace(score_constant=lambda questions, texts: tensor([scores[t] for t in texts]))
+    example = data.Example("q", "x", "y")
+    questions = [
+        Question(example, "y", ["a", "b"], ["c", "d"], held_out=True),  # pairs a>c, a>d, b<c, b=d: 2.5 of 4
+        Question(example, "y", ["e"], ["f"], held_out=True),  # e<f: 0 of 1
+        Question(example, "y", ["a"], [], held_out=True),  # no pair
+        Question(example, "y", ["a"], ["b"]),  # not held out
+    ]
+    assert judge_auc(judge, questions) == pytest.approx(2.5 / 5)
+    assert math.isnan(judge_auc(judge, questions[2:]))
