@@ -268,7 +268,11 @@ def count_products(student: Path, questions: list, options: argparse.Namespace, 
 def table(student: Path, options: argparse.Namespace) -> None:
     shares: list[float] = []
     questions = load_questions(options.data)
-    runs = {name: make() for name, make in contenders(student, questions, options.batch, shares).items()}
+    contests = contenders(student, questions, options.batch, shares)
+    memory = {
+        name: peak_memory(name, student, options) for name in contests
+    }  # first: this process itself will be large
+    runs = {name: make() for name, make in contests.items()}
     times: dict[str, list[float]] = {name: [] for name in runs}
     for repeat in range(options.repeats + 1):
         for name, run in runs.items():
@@ -285,7 +289,6 @@ def table(student: Path, options: argparse.Namespace) -> None:
     print(f"share of qcrd's time that writes negatives: {statistics.median(shares[1:]):.0%}", flush=True)
     runs.clear()
     count_products(student, questions, options, speed)
-    memory = {name: peak_memory(name, student, options) for name in speed}
     print("\n| | peak GB | ratio to the trainer |\n|---|---|---|")
     for name, gigabytes in memory.items():
         print(f"| {name} | {gigabytes:.2f} | {gigabytes / memory[peer]:.2f} |")
