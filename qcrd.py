@@ -109,6 +109,11 @@ class TrainOptions:
 class Options(TrainOptions, MethodOptions, TaskOptions):
     """All options; TINY fills the open ones for the built-in student, PUBLISHED for any other."""
 
+    @property
+    def alpha(self) -> tuple[float, float, float]:
+        """The weights of eq. 8."""
+        return self.alpha1, self.alpha2, self.alpha3
+
 
 # Batch and learning rate of DSS (arXiv 2305.02301), and the paper's most for the discriminator's pretraining.
 PUBLISHED = {"batch_size": 64, "lr": 5e-5, "judge_lr": 5e-5, "judge_steps": 500, "judge_every": 4}
@@ -118,8 +123,8 @@ ALPHA3_DECAY = 0.9
 WARMUP = 50  # steps in which the learning rate rises
 FEATURES = 200_000  # of a frozen discriminator, at most kept: 0.4 GB at T5-small's width
 WRITE_BATCH = 512  # questions answered at once
-LARGE_VOCABULARY = 4096  # from which on the output layer's loss is computed in parts, of so many logits
-LOGITS_CPU, LOGITS_CUDA = 2**21, 2**27
+LARGE_VOCABULARY = 4096  # from which on the output layer's loss is computed in parts; below, all logits are small
+LOGITS_CPU, LOGITS_CUDA = 2**21, 2**27  # in a part
 LABEL_TOKENS = 64
 ANSWER_MARK = "So the answer is"  # between rationale and label in the single-task target
 
@@ -333,7 +338,7 @@ class Models:
         self.inputs, self.targets = Tokens(tokenizer, options.max_input - 4), Tokens(tokenizer, options.max_target)
         self.predict, self.explain = (np.array(tokenizer(p).input_ids[:-1], np.int32) for p in ("predict:", "explain:"))
         self.bf16 = use_bf16(options.precision, self.device, student.config.d_model)
-        for module in [*student.modules(), *(judge.modules() if judge else ())]:
+        for module in {*student.modules(), *(judge.modules() if judge else ())}:  # a shared encoder once
             if self.bf16 and "LayerNorm" in type(module).__name__:
                 # cast once what the layers after it (q, k and v) would cast each for itself, and keep three times
                 module.register_forward_hook(lambda _, __, states: states.bfloat16())
@@ -626,7 +631,7 @@ def student_loss(
     pos, neg = rationales_of(batch, drawn, options)
     sums |= {"positive": pos_term.item() * n, "negative": neg_term.item() * n}
     sums |= {"no positive": n - sum(map(bool, pos)), "no negative": n - sum(map(bool, neg))}
-    loss = total_loss(l_pred, l_cl, l_pred.new_zeros(()), (options.alpha1, options.alpha2, options.alpha3), round_)
+    loss = total_loss(l_pred, l_cl, l_pred.new_zeros(()), options.alpha, round_)
     if options.method == "mi":
         loss = loss + options.mi_weight * mi_term(models, states[n:], mask[n:], batch, hidden, row)
     return loss, sums
@@ -649,7 +654,7 @@ def discriminator_loss(
     sums = {name: group.sum().item() for name, group in groups.items()}
     sums |= {f"#{name}": len(group) for name, group in groups.items()}
     sums |= {"judge": l_d.item() * len(batch), "#judge": len(batch)}
-    return total_loss(zero, zero, l_d, (options.alpha1, options.alpha2, options.alpha3), round_), sums
+    return total_loss(zero, zero, l_d, options.alpha, round_), sums
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1015,8 +1020,9 @@ def train_step(
     optimizers["student_optimizer"].param_groups[0]["lr"] = rate
     size = math.ceil(len(batch) / options.grad_accum)
     for part in [batch[i : i + size] for i in range(0, len(batch), size)]:
-        for terms in (student_loss, discriminator_loss)[: 1 + judge_now]:  # apart: one graph in memory at a time
-            with models.autocast():  # around all of them, so that each weight is cast once
+        # eq. 8 is a sum, so its terms can go backward one after the other: one graph in memory at a time
+        for terms in (student_loss, discriminator_loss)[: 1 + judge_now]:
+            with models.autocast():  # around all of a term, so that each weight is cast once
                 loss, sums = terms(models, part, drawn, round_)
             if not torch.isfinite(loss):
                 at = f"step {step} (questions {', '.join(q.example.id for q in part[:5])}, ...)"

@@ -269,9 +269,8 @@ def table(student: Path, options: argparse.Namespace) -> None:
     shares: list[float] = []
     questions = load_questions(options.data)
     contests = contenders(student, questions, options.batch, shares)
-    memory = {
-        name: peak_memory(name, student, options) for name in contests
-    }  # first: this process itself will be large
+    # first, as this process itself will be large
+    memory = {name: peak_memory(name, student, options) for name in contests}
     runs = {name: make() for name, make in contests.items()}
     times: dict[str, list[float]] = {name: [] for name in runs}
     for repeat in range(options.repeats + 1):
