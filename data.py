@@ -369,10 +369,12 @@ def load_task(name: str, data: str = DSS_ZIP, train_size: float | None = None) -
 
 NAMES = ["Anna", "Ben", "Carla", "David", "Emma"]
 THINGS = ["apples", "books", "cards", "coins", "eggs"]
-VERBS = {"bought": 1, "found": 1, "lost": -1, "sold": -1, "gave": -1}  # what the verb does to the actor's count
+VERBS = {"bought": 1, "found": 1, "got": 1, "lost": -1, "sold": -1, "gave": -1}  # what each does to the actor's count
+LINKS = {"got": "from", "gave": "to"}  # and the other person
+MATTERS = 0.75  # how often an event is about the thing asked for
 LARGEST = 20  # no count goes beyond: small enough for a tiny student to learn the sums by heart
-EVENTS = (1, 2, 2, 3)  # how many events a question has, each of these equally often
-TOY_VERSION = 3  # raised when the stories change, so that old samples are not taken for theirs
+EVENTS = (1, 1, 1, 1, 2, 2, 2, 2, 2, 3)  # how many events a question has, each of these equally often
+TOY_VERSION = 4  # raised when the stories change, so that old samples are not taken for theirs
 TOY_SIZES = {"train": 2000, "valid": 500, "test": 1000}
 
 
@@ -390,22 +392,21 @@ class Step(NamedTuple):
 
 @dataclass(frozen=True)
 class Event:
-    """Something that happens to `n` things of `who`; a gift goes `to` somebody."""
+    """Something that happens to `n` things of `who`; a gift has an `other` side."""
 
     who: str
     verb: str
     n: int
     thing: str
-    to: str = ""
+    other: str = ""
 
     def __str__(self) -> str:
-        return f"{self.who} {self.verb} {self.to + ' ' if self.to else ''}{self.n} {self.thing}"
+        link = f" {LINKS[self.verb]} {self.other}" if self.other else ""
+        return f"{self.who} {self.verb} {self.n} {self.thing}{link}"
 
     def change(self, person: str, thing: str) -> int:
-        """By how much the event changes the number of `thing` that `person` has."""
-        if thing != self.thing or person not in (self.who, self.to):
-            return 0
-        return self.n if person == self.to else VERBS[self.verb] * self.n
+        """By how much the event changes the number of `thing` that `person`, who acts, has."""
+        return VERBS[self.verb] * self.n if (person, thing) == (self.who, self.thing) else 0
 
 
 @dataclass(frozen=True)
@@ -442,17 +443,14 @@ def equation(start: int, changes: list[int]) -> str:
 
 
 def random_story(rng: random.Random, count: int) -> Story:
-    """`count` events, at least one that matters; the others, two in five, are about another thing and anybody."""
+    """`count` events, at least one that matters; the others are about another thing and anybody."""
     while True:
         people, things, events = rng.sample(NAMES, 2), rng.sample(THINGS, 2), []
         for _ in range(count):
-            matters = rng.random() < 0.6
-            who, to = people if matters else rng.sample(people, 2)
-            verb = rng.choice([*VERBS, "got" if matters else "gave"])
-            if verb == "got":
-                who, to, verb = to, who, "gave"
-            n = rng.randint(2, 9)
-            events.append(Event(who, verb, n, things[0 if matters else 1], to if verb == "gave" else ""))
+            matters = rng.random() < MATTERS
+            who, other = people if matters else rng.sample(people, 2)
+            verb, n = rng.choice(list(VERBS)), rng.randint(2, 9)
+            events.append(Event(who, verb, n, things[0 if matters else 1], other if verb in LINKS else ""))
         story = Story(people[0], things[0], rng.randint(2, 12), tuple(events))
         if story.changes() and follow(story.start, story.changes()):
             return story

@@ -92,7 +92,7 @@ class TrainOptions:
     student: str = option("tiny", "tiny, or a seq2seq model: a Hugging Face name or a folder")
     rounds: int = option(None, "the paper's iterations (default 20, or as many as make 10,000 steps; tiny 10)")
     round_steps: int = option(None, "steps in a round (default: one pass over the training set)")
-    batch_size: int = option(None, "questions a step (default 64; tiny 8)")
+    batch_size: int = option(None, "questions a step (default 64; tiny 16)")
     grad_accum: int = option(1, "parts in which a batch is computed, to save memory")
     lr: float = option(None, "AdamW's learning rate, falling linearly to 0 (default 5e-5; tiny 2e-3)")
     max_input: int = option(1024, "tokens at which inputs are cut")
@@ -117,14 +117,13 @@ class Options(TrainOptions, MethodOptions, TaskOptions):
 
 # Batch and learning rate of DSS (arXiv 2305.02301), and the paper's most for the discriminator's pretraining.
 PUBLISHED = {"batch_size": 64, "lr": 5e-5, "judge_lr": 5e-5, "judge_steps": 500, "judge_every": 4}
-TINY = {"batch_size": 8, "lr": 2e-3, "judge_lr": 1e-3, "judge_steps": 300, "judge_every": 8, "rounds": 10}
+TINY = {"batch_size": 16, "lr": 2e-3, "judge_lr": 1e-3, "judge_steps": 300, "judge_every": 8, "rounds": 10}
 DEFAULT_ROUNDS, PUBLISHED_STEPS = 20, 10_000  # the paper gives no number of rounds; DSS trains for 10,000 steps at most
 ALPHA3_DECAY = 0.9
 WARMUP = 50  # steps in which the learning rate rises
 FEATURES = 200_000  # of a frozen discriminator, at most kept: 0.4 GB at T5-small's width
 WRITE_BATCH = 512  # questions answered at once
-LARGE_VOCABULARY = 4096  # from which on the output layer's loss is computed in parts; below, all logits are small
-LOGITS_CPU, LOGITS_CUDA = 2**21, 2**27  # in a part
+LOGITS_CPU, LOGITS_CUDA = 2**21, 2**27  # in a part of the output layer's loss
 LABEL_TOKENS = 64
 ANSWER_MARK = "So the answer is"  # between rationale and label in the single-task target
 
@@ -342,7 +341,7 @@ class Models:
             if self.bf16 and "LayerNorm" in type(module).__name__:
                 # cast once what the layers after it (q, k and v) would cast each for itself, and keep three times
                 module.register_forward_hook(lambda _, __, states: states.bfloat16())
-        self.features: dict[bytes, Tensor] = {}
+        self.frozen: dict[bytes, Tensor] = {}  # a frozen discriminator's features by token ids
         # padded tokens that one pass over rationales reads: a GPU wants many, a CPU wants little padding
         self.group_tokens = 2**14 if self.device.type == "cuda" else 2**18 // student.config.d_model
 
@@ -387,12 +386,9 @@ class Models:
 
     def token_losses(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Cross-entropy of T tokens, (T,), from their decoder states (T, d_model) and ids (T,)."""
-        layer = self.student.lm_head
+        hidden = hidden.to(torch.bfloat16 if self.bf16 else torch.float32)
         with self.autocast():
-            if len(layer.weight) < LARGE_VOCABULARY:
-                return F.cross_entropy(layer(hidden).float(), targets, reduction="none")
-            hidden = hidden.to(torch.bfloat16 if self.bf16 else torch.float32)
-            return OutputLayerLoss.apply(hidden, layer.weight, targets, torch.is_grad_enabled())
+            return OutputLayerLoss.apply(hidden, self.student.lm_head.weight, targets, torch.is_grad_enabled())
 
     def nll(self, states: Tensor, mask: Tensor, rows: Sequence[np.ndarray], at: Sequence[int]) -> Tensor:
         """l(f(x), r): the token-mean cross-entropy of each target row, (N,), in nats per token.
@@ -411,27 +407,26 @@ class Models:
         """D(x, r), (N,), of pairs of a question and a rationale."""
         inputs, targets = self.inputs([q.example.input for q in questions]), self.targets(rationales)
         rows = [np.concatenate(pair) for pair in zip(inputs, targets, strict=True)]
+        frozen = self.options.judge == "frozen"
         with self.autocast():
-            if self.options.judge == "frozen":
-                return self.judge.quality(self.frozen_features(rows))
-            return in_groups(lambda at: self.judge(*self.pad_inputs([rows[i] for i in at])), rows, self.group_tokens)
+            return self.judge.quality(self.frozen_features(rows) if frozen else self.features(rows))
 
-    def frozen_features(self, rows: list[np.ndarray]) -> Tensor:
-        """Features (N, d_model) of an encoder that never changes: computed once for each row, without dropout."""
-        keys = [row.tobytes() for row in rows]
-        missing = {key: row for key, row in zip(keys, rows, strict=True) if key not in self.features}
-        new = list(missing.values())
+    def features(self, rows: Sequence[np.ndarray]) -> Tensor:
+        """D's pooled features, (N, d_model)."""
+        return in_groups(
+            lambda at: self.judge.features(*self.pad_inputs([rows[i] for i in at])), rows, self.group_tokens
+        )
+
+    def frozen_features(self, rows: Sequence[np.ndarray]) -> Tensor:
+        """The same of an encoder that never changes: computed once for each row, without dropout."""
+        if len(self.frozen) > FEATURES:
+            self.frozen.clear()
+        new = {row.tobytes(): row for row in rows if row.tobytes() not in self.frozen}
         if new:
             self.judge.encoder.eval()
             with torch.no_grad():
-                values = in_groups(
-                    lambda at: self.judge.features(*self.pad_inputs([new[i] for i in at])), new, self.group_tokens
-                )
-            self.features.update(zip(missing, values, strict=True))
-        found = torch.stack([self.features[key] for key in keys])
-        if len(self.features) > FEATURES:
-            self.features.clear()
-        return found
+                self.frozen.update(zip(new, self.features(list(new.values())), strict=True))
+        return torch.stack([self.frozen[row.tobytes()] for row in rows])
 
     def score_constant(self, questions: Sequence[Question], rationales: Sequence[str]) -> Tensor:
         """The same without gradients and dropout: what weighs L_cl and what is reported."""
@@ -527,17 +522,17 @@ def grid(values: Tensor, counts: Sequence[int]) -> tuple[Tensor, Tensor]:
 
 
 def rationale_loss(
-    models: Models, batch: list[Question], drawn: dict[str, str], states: Tensor, mask: Tensor
+    models: Models, batch: list[Question], pos: list[list[str]], neg: list[list[str]], states: Tensor, mask: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """L_cl of a batch, with the gradient of eqs. 3 to 7, and its two terms before beta (detached).
 
+    pos and neg are each question's rationales, states (N, S, d_model) and mask (N, S) the encoder's of explain:.
     Min, max and margin leave most rationales without a gradient. So all are scored without gradients first, but for
     a question's only positive, which is its min at any l; the derivative of L_cl by each l(f(x), r) then tells which
     rationales have one, and only these run again, weighted by that derivative: the chain rule, hence the same
     gradient as running all of them at once.
     """
     options, n = models.options, len(batch)
-    pos, neg = rationales_of(batch, drawn, options)
     if options.scheme == "sampling":
         pos, neg = ([random.sample(own, min(1, len(own))) for own in side] for side in (pos, neg))
     counts, rows, texts = flat(pos, neg)
@@ -627,8 +622,8 @@ def student_loss(
     sums = {"n": n, "pred": l_pred.item() * n}
     if options.method in ("finetune", "single"):
         return l_pred, sums
-    l_cl, pos_term, neg_term = rationale_loss(models, batch, drawn, states[n:], mask[n:])
     pos, neg = rationales_of(batch, drawn, options)
+    l_cl, pos_term, neg_term = rationale_loss(models, batch, pos, neg, states[n:], mask[n:])
     sums |= {"positive": pos_term.item() * n, "negative": neg_term.item() * n}
     sums |= {"no positive": n - sum(map(bool, pos)), "no negative": n - sum(map(bool, neg))}
     loss = total_loss(l_pred, l_cl, l_pred.new_zeros(()), options.alpha, round_)

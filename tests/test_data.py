@@ -41,13 +41,27 @@ def test_labels_steps_and_events_agree():
         story = example.story
         count = story.start
         for event in story.events:
-            if event.thing == story.thing and story.person in (event.who, event.to):
-                up = event.verb in ("bought", "found") or story.person == event.to
-                count += event.n if up else -event.n
+            if event.thing == story.thing and event.who == story.person:
+                count += event.n if event.verb in ("bought", "found", "got") else -event.n
         assert equation_value(example.label) == count == data.follow(story.start, story.changes())[-1].c
 
 
 STORY = data.Story("Anna", "apples", 7, (data.Event("Anna", "bought", 5, "apples"), data.Event("Ben", "found", 3, "apples"), data.Event("Anna", "gave", 2, "apples", "Ben")))  # fmt: skip
+
+
+def test_how_a_story_reads():
+    told = "Anna had 7 apples. Anna bought 5 apples. Ben found 3 apples. Anna gave 2 apples to Ben."
+    assert STORY.input() == told + "\nHow many apples does Anna have now?"
+    assert str(data.Event("Anna", "got", 2, "apples", "Ben")) == "Anna got 2 apples from Ben"
+
+
+def test_stories_have_one_to_three_events_and_some_have_distractors():
+    stories = [e.story for e in data.toy_splits()["test"]]
+    assert {len(s.events) for s in stories} == {1, 2, 3}
+    assert all(1 <= len(s.changes()) <= len(s.events) for s in stories)
+    assert any(len(s.changes()) < len(s.events) for s in stories)
+
+
 EXAMPLE = Example("q", STORY.input(), "( ( 7 + 5 ) - 2 )", story=STORY)
 
 

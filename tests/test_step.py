@@ -71,7 +71,7 @@ def test_two_passes_give_the_loss_and_gradient_of_all_rationales_at_once(scheme,
             for x in models.inputs([q.example.input for q in batch])
         ]
     )
-    fast = rationale_loss(models, batch, drawn, states, mask)
+    fast = rationale_loss(models, batch, *qcrd.rationales_of(batch, drawn, models.options), states, mask)
     slow = slow_l_cl(models, batch, drawn)
     for a, b in zip(fast, slow, strict=True):
         assert a.item() == pytest.approx(b.item(), abs=1e-5)
@@ -81,11 +81,11 @@ def test_two_passes_give_the_loss_and_gradient_of_all_rationales_at_once(scheme,
         assert torch.allclose(fast_grad[name], grad, atol=1e-5), name
 
 
-@pytest.mark.parametrize("large", [1, 4096])  # from which vocabulary on the output layer's loss is computed in parts
+@pytest.mark.parametrize("part", [1, 7, 4096])  # tokens in a part of the output layer's loss
 @pytest.mark.parametrize("tokens", [1, 30, 10_000])  # one row a pass, a few, all
-def test_groups_of_like_length_equal_a_loop_over_single_sequences(monkeypatch, tokens, large):
-    monkeypatch.setattr(qcrd, "LARGE_VOCABULARY", large)
+def test_groups_of_like_length_equal_a_loop_over_single_sequences(monkeypatch, tokens, part):
     models = small_models(make_options())
+    monkeypatch.setattr(qcrd, "LOGITS_CPU", part * models.student.config.vocab_size)
     models.group_tokens = tokens
     batch, _ = a_batch(1)
     labels = [q.label for q in batch]
@@ -115,7 +115,7 @@ def test_a_frozen_discriminators_features_are_computed_once_and_give_the_same_sc
     batch, _ = a_batch()
     pairs = [(q, text) for q in batch for text in q.positives + q.negatives]
     first = models.score(*zip(*pairs, strict=True))
-    known = len(models.features)
+    known = len(models.frozen)
     assert known == len({(q.example.input, text) for q, text in pairs})
     rows = [
         torch.cat((torch.tensor(models.inputs([q.example.input])[0]), torch.tensor(models.targets([text])[0])))[None]
@@ -123,7 +123,7 @@ def test_a_frozen_discriminators_features_are_computed_once_and_give_the_same_sc
     ]
     slow = torch.cat([models.judge(row.long(), torch.ones_like(row)) for row in rows])
     assert torch.allclose(first, slow, atol=1e-5)
-    assert torch.equal(models.score(*zip(*pairs, strict=True)), first) and len(models.features) == known
+    assert torch.equal(models.score(*zip(*pairs, strict=True)), first) and len(models.frozen) == known
 
 
 @pytest.mark.parametrize(("judge", "trains_encoder"), [("own", False), ("frozen", False), ("shared", True)])
