@@ -117,14 +117,9 @@ def run_missing(options: Options, rows: dict[str, str]) -> None:
                    "--data", options.data, "--seed", str(seed), "--out", str(out),
                    *shlex.split(options.options), *shlex.split(row)]  # fmt: skip
         command = [str(run_path(options, "--method dss", seed)) if word == "DSS" else word for word in command]
+        environment = os.environ | {"OMP_NUM_THREADS": threads}
         with (out / "log.txt").open("w") as log:
-            code = subprocess.run(
-                command,
-                check=False,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=os.environ | {"OMP_NUM_THREADS": threads},
-            ).returncode
+            code = subprocess.run(command, check=False, stdout=log, stderr=log, env=environment).returncode
         if code:
             raise UserError(f"{shlex.join(command)} ended with code {code}: {out / 'log.txt'} tells why.")
 
@@ -198,18 +193,16 @@ def write_table(table: list[dict[str, Any]], path: Path) -> None:
 # Scoring
 
 
-def open_run(folder: str, options: Options) -> tuple[qcrd.Models, data.Task, dict[str, list[data.Example]]]:
-    """The models of a run directory or Hugging Face folder, and the task with its splits."""
+def open_run(folder: str, options: Options) -> qcrd.Models:
+    """The models of a run directory or Hugging Face folder, with the run's options."""
     path = Path(folder)
     config: dict[str, Any] = {"student": folder, "task": options.task, "data": options.data, "judge": "none"}
     if (path / "config.json").exists() and (path / "student").is_dir():
         config = json.loads((path / "config.json").read_text()) | {"student": str(path / "student")}
-    run_options = qcrd.fill_in(qcrd.Options(**config))
-    models = qcrd.load_models(run_options)
+    models = qcrd.load_models(qcrd.fill_in(qcrd.Options(**config)))
     if models.judge is not None:
         models.judge.load_state_dict(load_file(path / "discriminator.safetensors"))
-    task, splits = data.load_task(run_options.task, run_options.data)
-    return models, task, splits
+    return models
 
 
 def distinct_2(texts: Sequence[str]) -> float:
@@ -220,15 +213,15 @@ def distinct_2(texts: Sequence[str]) -> float:
 
 def score(folder: str, options: Options) -> dict[str, float]:
     """Label accuracy on the test split, and of the rationales: validity, distinct-2 and mean D score; rows are saved."""
-    models, task, splits = open_run(folder, options)
+    models = open_run(folder, options)
+    task, splits = data.load_task(models.options.task, models.options.data)
     result, rows = qcrd.evaluate(models, task, splits["test"], "test")
     texts = [row["rationale"] for row in rows if "rationale" in row]
     if texts:
         result["distinct-2"] = distinct_2(texts)
     if texts and models.judge is not None:
         questions = [qcrd.Question(example, example.label, [], []) for example in splits["test"]]
-        scores = models.score_constant(questions, texts)
-        result["mean D score"] = scores.mean().item()
+        result["mean D score"] = models.score_constant(questions, texts).mean().item()
     qcrd.write_jsonl(Path(folder) / "predictions.jsonl", rows)
     print(f"{folder}: " + ", ".join(f"{key} {value:.3f}" for key, value in result.items()))
     return result
@@ -262,7 +255,7 @@ def plot_run(folder: str, options: Options) -> None:
     }
     title = f"Losses of {Path(folder).name}, mean over each round"
     draw(Path(folder) / "losses.png", title, "round", "loss (nats per token; L_judge: nats)", losses)
-    models, _, _ = open_run(folder, options)
+    models = open_run(folder, options)
     if models.judge is None:
         return
     _, _, questions = qcrd.prepare(models.options)

@@ -307,7 +307,7 @@ def vote(task: Task, examples: list[Example], samples: dict[str, list[Sample]], 
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# One training step
+# From text to padded batches, and through the models
 
 
 class Tokens:
@@ -496,6 +496,10 @@ class OutputLayerLoss(torch.autograd.Function):
         states, weight, gradient = ctx.saved_tensors
         pull = pull[:, None].to(states.dtype)
         return (gradient @ weight) * pull, (gradient.T @ (states * pull)).float(), None, None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# One training step: the loss of a batch
 
 
 def rationales_of(
@@ -1013,12 +1017,13 @@ def train_step(
         optimizer.zero_grad()
     rate = options.lr * min(1, (step + 1) / WARMUP) * (1 - step / total)
     optimizers["student_optimizer"].param_groups[0]["lr"] = rate
+    losses = [student_loss, discriminator_loss] if judge_now else [student_loss]
     size = math.ceil(len(batch) / options.grad_accum)
     for part in [batch[i : i + size] for i in range(0, len(batch), size)]:
         # eq. 8 is a sum, so its terms can go backward one after the other: one graph in memory at a time
-        for terms in (student_loss, discriminator_loss)[: 1 + judge_now]:
-            with models.autocast():  # around all of a term, so that each weight is cast once
-                loss, sums = terms(models, part, drawn, round_)
+        for loss_of in losses:
+            with models.autocast():  # around all of a loss, so that each weight is cast once
+                loss, sums = loss_of(models, part, drawn, round_)
             if not torch.isfinite(loss):
                 at = f"step {step} (questions {', '.join(q.example.id for q in part[:5])}, ...)"
                 raise UserError(f"the loss is {loss.item()} at {at}: lower --lr or use --precision fp32.")
