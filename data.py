@@ -370,10 +370,11 @@ def load_task(name: str, data: str = DSS_ZIP, train_size: float | None = None) -
 NAMES = ["Anna", "Ben", "Carla", "David", "Emma"]
 THINGS = ["apples", "books", "cards", "coins", "eggs"]
 VERBS = {"bought": 1, "found": 1, "got": 1, "lost": -1, "sold": -1, "gave": -1}  # what each does to the actor's count
-LINKS = {"got": "from", "gave": "to"}  # and the other person
+LINKS = {"got": "from", "gave": "to"}  # before the other person of a gift
 MATTERS = 0.75  # how often an event is about the thing asked for
 LARGEST = 20  # no count goes beyond: small enough for a tiny student to learn the sums by heart
-EVENTS = (1, 1, 1, 1, 2, 2, 2, 2, 2, 3)  # how many events a question has, each of these equally often
+# How many events a question has, each of these equally often; with more of three, chance decides which seeds learn them.
+EVENTS = (1, 1, 1, 1, 2, 2, 2, 2, 2, 3)
 TOY_VERSION = 4  # raised when the stories change, so that old samples are not taken for theirs
 TOY_SIZES = {"train": 2000, "valid": 500, "test": 1000}
 
@@ -405,8 +406,9 @@ class Event:
         return f"{self.who} {self.verb} {self.n} {self.thing}{link}"
 
     def change(self, person: str, thing: str) -> int:
-        """By how much the event changes the number of `thing` that `person`, who acts, has."""
-        return VERBS[self.verb] * self.n if (person, thing) == (self.who, self.thing) else 0
+        """By how much the event changes the number of `thing` that `person` has."""
+        sign = {self.who: 1, self.other: -1}.get(person, 0) if thing == self.thing else 0
+        return sign * VERBS[self.verb] * self.n
 
 
 @dataclass(frozen=True)

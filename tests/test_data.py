@@ -52,7 +52,10 @@ STORY = data.Story("Anna", "apples", 7, (data.Event("Anna", "bought", 5, "apples
 def test_how_a_story_reads():
     told = "Anna had 7 apples. Anna bought 5 apples. Ben found 3 apples. Anna gave 2 apples to Ben."
     assert STORY.input() == told + "\nHow many apples does Anna have now?"
-    assert str(data.Event("Anna", "got", 2, "apples", "Ben")) == "Anna got 2 apples from Ben"
+    gift = data.Event("Anna", "got", 2, "apples", "Ben")
+    assert str(gift) == "Anna got 2 apples from Ben"
+    changes = [gift.change(*of) for of in (("Anna", "apples"), ("Ben", "apples"), ("Anna", "eggs"), ("Emma", "apples"))]
+    assert changes == [2, -2, 0, 0]
 
 
 def test_stories_have_one_to_three_events_and_some_have_distractors():
