@@ -5,8 +5,9 @@
     python qcrd.py --task svamp --teacher samples.jsonl           # teacher samples of your own
     python qcrd.py --task my.jsonl --teacher api:MODEL            # a task and a teacher of your own
 
-Read from top to bottom: the options, the discriminator, the losses, where positives and negatives come from, one
-training step, the training loop, the command line. Equation numbers are the paper's; data.py makes what is fed in.
+Read from top to bottom: the options, the discriminator, the losses, positives and negatives, batches, the loss of a
+batch, what the student writes, checkpoints, the training loop, the command line. Equation numbers are the paper's; data.py
+makes what is fed in.
 """
 
 import json
@@ -407,9 +408,9 @@ class Models:
         """D(x, r), (N,), of pairs of a question and a rationale."""
         inputs, targets = self.inputs([q.example.input for q in questions]), self.targets(rationales)
         rows = [np.concatenate(pair) for pair in zip(inputs, targets, strict=True)]
-        frozen = self.options.judge == "frozen"
         with self.autocast():
-            return self.judge.quality(self.frozen_features(rows) if frozen else self.features(rows))
+            features = self.frozen_features(rows) if self.options.judge == "frozen" else self.features(rows)
+            return self.judge.quality(features)
 
     def features(self, rows: Sequence[np.ndarray]) -> Tensor:
         """D's pooled features, (N, d_model)."""
@@ -421,12 +422,13 @@ class Models:
         """The same of an encoder that never changes: computed once for each row, without dropout."""
         if len(self.frozen) > FEATURES:
             self.frozen.clear()
-        new = {row.tobytes(): row for row in rows if row.tobytes() not in self.frozen}
+        keys = [row.tobytes() for row in rows]
+        new = {key: row for key, row in zip(keys, rows, strict=True) if key not in self.frozen}
         if new:
             self.judge.encoder.eval()
             with torch.no_grad():
                 self.frozen.update(zip(new, self.features(list(new.values())), strict=True))
-        return torch.stack([self.frozen[row.tobytes()] for row in rows])
+        return torch.stack([self.frozen[key] for key in keys])
 
     def score_constant(self, questions: Sequence[Question], rationales: Sequence[str]) -> Tensor:
         """The same without gradients and dropout: what weighs L_cl and what is reported."""

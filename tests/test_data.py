@@ -41,8 +41,9 @@ def test_labels_steps_and_events_agree():
         story = example.story
         count = story.start
         for event in story.events:
-            if event.thing == story.thing and event.who == story.person:
-                count += event.n if event.verb in ("bought", "found", "got") else -event.n
+            if event.thing == story.thing and story.person in (event.who, event.other):
+                up = (event.verb in ("bought", "found", "got")) == (story.person == event.who)
+                count += event.n if up else -event.n
         assert equation_value(example.label) == count == data.follow(story.start, story.changes())[-1].c
 
 
