@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.torch import load_file
+import torch
+from safetensors.torch import load_model
 from tqdm import tqdm
 
 import data
@@ -69,7 +70,7 @@ STUDIES: dict[str, dict[str, str]] = {
     },
     "judge": {
         f"{e}, {loss}": f"--judge {e} --judge-loss {loss}" if (e, loss) != ("own", "bce") else ""
-        for e in ("own", "frozen", "shared") for loss in ("paper", "bce")
+        for e in ("own", "shared") for loss in ("paper", "bce")
     },
     "labels": {name: f"--method {name} --labels teacher" for name in ("dss", "mi", "qcrd")},
     "size": {
@@ -201,7 +202,7 @@ def open_run(folder: str, options: Options) -> qcrd.Models:
         config = json.loads((path / "config.json").read_text()) | {"student": str(path / "student")}
     models = qcrd.load_models(qcrd.fill_in(qcrd.Options(**config)))
     if models.judge is not None:
-        models.judge.load_state_dict(load_file(path / "discriminator.safetensors"))
+        load_model(models.judge, path / "discriminator.safetensors")
     return models
 
 
@@ -215,13 +216,16 @@ def score(folder: str, options: Options) -> dict[str, float]:
     """Label accuracy on the test split, and of the rationales: validity, distinct-2 and mean D score; rows are saved."""
     models = open_run(folder, options)
     task, splits = data.load_task(models.options.task, models.options.data)
-    result, rows = qcrd.evaluate(models, task, splits["test"], "test")
+    limit = qcrd.label_limit(models, splits["train"])
+    result, rows = qcrd.evaluate(models, task, splits["test"], limit, "test")
     texts = [row["rationale"] for row in rows if "rationale" in row]
     if texts:
         result["distinct-2"] = distinct_2(texts)
     if texts and models.judge is not None:
         questions = [qcrd.Question(example, example.label, [], []) for example in splits["test"]]
-        result["mean D score"] = models.score_constant(questions, texts).mean().item()
+        with models.constant(), models.autocast():
+            every = torch.ones(len(texts), 1, dtype=torch.bool)
+            result["mean D score"] = models.score(questions, [[text] for text in texts], every).mean().item()
     qcrd.write_jsonl(Path(folder) / "predictions.jsonl", rows)
     print(f"{folder}: " + ", ".join(f"{key} {value:.3f}" for key, value in result.items()))
     return result
@@ -266,13 +270,15 @@ def plot_run(folder: str, options: Options) -> None:
     }
     limit = qcrd.rationale_limit(models, questions)
     for t in (1.5, 2.0):
-        texts = qcrd.generate(models, [q.example.input for q in held_out], "explain", limit, t, f"student at {t}")
+        texts = models.generate([f"explain: {q.example.input}" for q in held_out], limit, t, f"student at {t}")
         groups[f"student at temperature {t}"] = list(zip(held_out, texts, strict=True))
     edges = np.linspace(0, 1, 26)
     lines = {}
     for name, pairs in groups.items():
         if pairs:
-            scores = models.score_constant(*zip(*pairs)).float().cpu().numpy()
+            every = torch.ones(len(pairs), 1, dtype=torch.bool)
+            with models.constant(), models.autocast():
+                scores = models.score([q for q, _ in pairs], [[text] for _, text in pairs], every).cpu().numpy()
             lines[f"{name} ({len(pairs)})"] = (edges[:-1] + 0.02, np.histogram(scores, edges, density=True)[0])
     title = "Discriminator's scores on held-out training questions"
     draw(Path(folder) / "scores.png", title, "score D(x, r)", "density", lines)
@@ -347,9 +353,7 @@ def compare(options: Options) -> dict[str, int]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    dataclasses: Any = [Options]
-    parser = qcrd.Parser(dataclasses, (__doc__ or "").split("\n")[0])
-    (options,) = parser.parse(argv)
+    options = qcrd.parse(Options, __doc__, argv)
     if options.study:
         if options.study not in STUDIES:
             raise UserError(f"--study {options.study} is not one of {', '.join(STUDIES)}.")

@@ -4,77 +4,50 @@ import inspect
 import math
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import tensor
 
 import data
-import qcrd
 from qcrd import (
+    SCHEMES,
     Discriminator,
-    OutputLayerLoss,
     Question,
+    choose,
     contrastive_loss,
     judge_auc,
     judge_loss,
+    judge_terms,
     mutual_information_loss,
+    quality_weights,
     self_consistency,
-    token_mean,
-    total_loss,
 )
+from tests.helpers import make_options, small_models
 
-YES = torch.ones(1, 2, dtype=torch.bool)
-POS, NEG = tensor([[0.5, 1.5]]), tensor([[1.0, 2.0]])  # l of two positives and two negatives, in nats per token
-S_POS, S_NEG = tensor([[0.9, 0.4]]), tensor([[0.2, 0.7]])
-
-
-def test_token_mean_is_the_mean_over_each_rows_own_tokens():
-    # row 0 has two tokens of probability 1/2 and 1/4, row 1 one token of probability 1/8
-    result = token_mean(tensor([math.log(2), math.log(4), math.log(8)]), tensor([0, 0, 1]), 2)
-    assert torch.allclose(result, tensor([(math.log(2) + math.log(4)) / 2, math.log(8)]))
+# one question with two positives, then two negatives: l in nats per token, D's scores, and which is which
+L, S = tensor([[0.5, 1.5, 1.0, 2.0]]), tensor([[0.9, 0.4, 0.2, 0.7]])
+IS_POS, IS_NEG = tensor([[True, True, False, False]]), tensor([[False, False, True, True]])
 
 
-def test_output_layer_loss_by_hand():
-    # one token, a vocabulary of two, logits log 3 and 0: probabilities 3/4 and 1/4
-    states, weight = tensor([[1.0]], requires_grad=True), tensor([[math.log(3)], [0.0]], requires_grad=True)
-    loss = OutputLayerLoss.apply(states, weight, tensor([0]), True)
-    assert loss.item() == pytest.approx(math.log(4 / 3))
-    loss.sum().backward()
-    assert torch.allclose(weight.grad, tensor([[-0.25], [0.25]]))  # softmax - one-hot
-    assert states.grad.item() == pytest.approx(-0.25 * math.log(3))
-
-
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
-def test_output_layer_loss_in_parts_is_the_cross_entropy_of_all_logits(monkeypatch, dtype, tolerance):
-    torch.manual_seed(0)
-    states, weight, targets = torch.randn(13, 8), torch.randn(50, 8), torch.randint(50, (13,))
-    pull = torch.rand(13)  # a weight of each token's loss
-    monkeypatch.setattr(qcrd, "LOGITS_CPU", 50 * 4)  # four tokens at a time, then one
-    found = []
-    for fast in (False, True):
-        a, w = states.to(dtype).requires_grad_(), weight.clone().requires_grad_()
-        if fast:
-            losses = OutputLayerLoss.apply(a, w, targets, True)
-        else:
-            losses = torch.nn.functional.cross_entropy(a.float() @ w.T, targets, reduction="none")
-        (losses * pull).sum().backward()
-        found.append((losses.detach(), a.grad.float(), w.grad))
-    for slow, quick in zip(*found, strict=True):
-        assert (slow - quick).abs().max() <= tolerance * slow.abs().max()
-    assert torch.equal(OutputLayerLoss.apply(states.to(dtype), weight, targets, False), found[1][0])
+def l_cl(scheme: str = "minmax", score: torch.Tensor | None = None, l: torch.Tensor = L) -> tuple:
+    """(L_cl, its positive and its negative term) of the question above, as a training step puts them together."""
+    pos_pick, neg_pick = SCHEMES[scheme]
+    pos = choose(l, IS_POS, pos_pick, score)
+    neg = choose(l, IS_NEG, neg_pick, None if score is None else 1 - score)
+    weight = None if score is None or scheme == "wmean" else quality_weights(score, pos, neg)
+    return contrastive_loss(l, pos, neg, weight, beta=0.2, delta=3.0)
 
 
 def test_eqs_3_to_5_minmax_takes_the_easiest_positive_and_the_least_likely_negative():
-    loss, pos, neg = contrastive_loss(POS, YES, NEG, YES, beta=0.2, delta=3.0)
+    loss, pos, neg = l_cl()
     assert pos.item() == pytest.approx(0.5)  # min(0.5, 1.5)
     assert neg.item() == pytest.approx(-1.0)  # max(1 - 3, 2 - 3)
     assert loss.item() == pytest.approx(0.5 + 0.2 * 1.0)
 
 
 def test_eqs_6_and_7_weigh_the_chosen_rationales_by_their_own_scores():
-    loss, pos, neg = contrastive_loss(POS, YES, NEG, YES, S_POS, S_NEG)
+    loss, pos, neg = l_cl(score=S)
     assert pos.item() == pytest.approx(0.9 * 0.5)
     assert neg.item() == pytest.approx((1 - 0.7) * -1.0)
     assert loss.item() == pytest.approx(0.45 + 0.2 * 0.3)
@@ -89,7 +62,7 @@ def test_eqs_6_and_7_weigh_the_chosen_rationales_by_their_own_scores():
     ],
 )
 def test_other_schemes(scheme, pos, neg):
-    loss, pos_term, neg_term = contrastive_loss(POS, YES, NEG, YES, S_POS, S_NEG, scheme=scheme)
+    loss, pos_term, neg_term = l_cl(scheme, S)
     assert pos_term.item() == pytest.approx(pos)
     assert neg_term.item() == pytest.approx(neg)
     assert loss.item() == pytest.approx(pos - 0.2 * neg)
@@ -97,58 +70,88 @@ def test_other_schemes(scheme, pos, neg):
 
 def test_sampling_takes_one_real_rationale_each_and_every_one_in_turn():
     mask = tensor([[True, True, False]])
-    nll = tensor([[0.5, 1.5, 9.0]])
     torch.manual_seed(0)
-    seen = {contrastive_loss(nll, mask, nll, ~mask & False, scheme="sampling")[1].item() for _ in range(50)}
-    assert seen == {0.5, 1.5}
+    seen = {tuple(choose(torch.zeros(1, 3), mask, "sampling")[0].tolist()) for _ in range(50)}
+    assert seen == {(1, 0, 0), (0, 1, 0)}
 
 
-def test_an_unknown_scheme_is_refused():
-    with pytest.raises(ValueError, match="minmax"):
-        contrastive_loss(POS, YES, NEG, YES, scheme="median")
+def test_an_unknown_pick_is_refused():
+    with pytest.raises(ValueError, match="wmean"):
+        choose(L, IS_POS, "median")
+
+
+@pytest.mark.parametrize("pick", ["min", "max", "sampling", "mean", "wmean"])
+def test_shares_add_up_to_one_or_to_nothing_where_there_is_no_rationale(pick):
+    mask = tensor([[True, True, False], [False, False, False]])
+    share = choose(torch.rand(2, 3), mask, pick, torch.rand(2, 3))
+    assert share.sum(1).tolist() == pytest.approx([1, 0]) and (share[~mask] == 0).all()
+    assert choose(torch.zeros(2, 0), torch.zeros(2, 0).bool(), pick).shape == (2, 0)
 
 
 def test_a_question_without_positives_or_negatives_has_zero_in_that_term_and_still_counts_in_n():
-    nll, mask = tensor([[0.6], [9.0]]), tensor([[True], [False]])
-    _, pos, neg = contrastive_loss(nll, mask, nll, mask)
-    assert pos.item() == pytest.approx(0.6 / 2)
-    assert neg.item() == pytest.approx((0.6 - 3) / 2)
-    empty = torch.zeros(2, 0)
-    assert contrastive_loss(nll, mask, empty, empty.bool())[2].item() == 0
+    l, one = tensor([[0.6], [9.0]]), tensor([[1.0], [0.0]])
+    loss, pos, neg = contrastive_loss(l, one, torch.zeros(2, 1))
+    assert pos.tolist() == pytest.approx([0.6, 0]) and neg.tolist() == [0, 0]
+    assert loss.item() == pytest.approx(0.6 / 2)
+    loss, pos, neg = contrastive_loss(l, torch.zeros(2, 1), one)
+    assert neg.tolist() == pytest.approx([0.6 - 3, 0]) and loss.item() == pytest.approx(0.2 * 2.4 / 2)
 
 
 def test_a_negative_beyond_the_margin_pushes_no_more_and_one_below_does():
-    neg = tensor([[3.0], [2.9], [7.0]], requires_grad=True)
-    some = torch.ones(3, 1, dtype=torch.bool)
-    contrastive_loss(neg.detach(), some, neg, some, beta=0.2, delta=3.0)[0].backward()
+    l = tensor([[3.0], [2.9], [7.0]], requires_grad=True)
+    contrastive_loss(l, torch.zeros(3, 1), torch.ones(3, 1), beta=0.2, delta=3.0)[0].backward()
     # d/dl of -beta * (l - delta) / N = -0.2 / 3 below the margin: descending makes l larger, the negative less likely
-    assert neg.grad.flatten().tolist() == pytest.approx([0.0, -0.2 / 3, 0.0])
+    assert l.grad.flatten().tolist() == pytest.approx([0.0, -0.2 / 3, 0.0])
 
 
 def test_one_negative_beyond_the_margin_switches_the_term_off_for_its_question():
-    neg = tensor([[1.0, 3.5]], requires_grad=True)
-    contrastive_loss(POS, YES, neg, YES)[0].backward()
-    assert neg.grad.tolist() == [[0.0, 0.0]]
+    l = tensor([[0.5, 1.5, 1.0, 3.5]], requires_grad=True)
+    l_cl(l=l)[0].backward()
+    assert l.grad.tolist() == [[1.0, 0.0, 0.0, 0.0]]
 
 
 def test_l_cl_gives_the_discriminator_no_gradient():
-    s_pos, s_neg = S_POS.clone().requires_grad_(), S_NEG.clone().requires_grad_()
-    pos = POS.clone().requires_grad_()
-    contrastive_loss(pos, YES, NEG, YES, s_pos, s_neg)[0].backward()
-    assert pos.grad is not None and s_pos.grad is None and s_neg.grad is None
+    score, l = S.clone().requires_grad_(), L.clone().requires_grad_()
+    l_cl(score=score, l=l)[0].backward()
+    assert l.grad is not None and score.grad is None
+
+
+def test_relative_quality_weights_by_hand():
+    # two questions, a positive and a negative each: s 0.9 and 0.3 for positives (mean 0.6), 1 - s 0.8 and 0.2
+    score = tensor([[0.9, 0.2], [0.3, 0.8]])
+    pos, neg = tensor([[1.0, 0.0], [1.0, 0.0]]), tensor([[0.0, 1.0], [0.0, 1.0]])
+    assert quality_weights(score, pos, neg).tolist() == [pytest.approx([0.9, 0.8]), pytest.approx([0.3, 0.2])]
+    relative = quality_weights(score, pos, neg, "relative")
+    assert relative.tolist() == [pytest.approx([1.5, 0.8]), pytest.approx([0.5, 0.2])]
+
+
+def test_relative_weights_do_not_see_a_factor_on_all_positives_scores_and_printed_ones_do():
+    torch.manual_seed(0)
+    score = torch.rand(5, 4)
+    pos, neg = choose(score, tensor([[True, True, False, False]] * 5), "max"), choose(score, tensor([[False, False, True, True]] * 5), "max")  # fmt: skip
+    scaled = torch.where(pos > 0, 0.01 * score, score)
+    for quality, same in (("relative", True), ("printed", False)):
+        grads = []
+        for s in (score, scaled):
+            l = torch.full((5, 4), 0.5, requires_grad=True)
+            contrastive_loss(l, pos, neg, quality_weights(s, pos, neg, quality))[0].backward()
+            grads.append(l.grad)
+        assert torch.allclose(*grads, atol=1e-7) == same
+
+
+KIND = tensor([[1, 1, 2], [1, 0, 0]])  # question 0: two positives, one negative; question 1: no negative
 
 
 def test_eq_2_is_the_log_ratio_of_sums_of_exponentials():
-    # question 0: positives 0.9 and 0.4, negative 0.2; question 1: no negative, so it does not count
-    pos, pos_mask = tensor([[0.9, 0.4], [0.8, 0.0]]), tensor([[True, True], [True, False]])
-    neg, neg_mask = tensor([[0.2], [0.0]]), tensor([[True], [False]])
+    score = tensor([[0.9, 0.4, 0.2], [0.8, 0.0, 0.0]])  # question 1 does not count
     expected = -math.log((math.exp(0.9) + math.exp(0.4)) / math.exp(0.2))
-    assert judge_loss(pos, pos_mask, neg, neg_mask, "paper").item() == pytest.approx(expected)
+    assert judge_loss(score, KIND, "paper").item() == pytest.approx(expected)
+    assert judge_terms(KIND, "paper") == 1 and judge_terms(KIND, "bce") == 4
 
 
 def test_eq_2_does_not_see_a_shift_of_all_scores_and_bce_does():
-    def at(shift, kind):
-        return judge_loss(tensor([[0.5 + shift]]), YES[:, :1], tensor([[0.3 + shift]]), YES[:, :1], kind).item()
+    def at(shift, loss):
+        return judge_loss(tensor([[0.5 + shift, 0.3 + shift]]), tensor([[1, 3]]), loss).item()
 
     assert at(0.0, "paper") == pytest.approx(at(0.2, "paper"))
     assert at(0.0, "bce") == pytest.approx(-(math.log(0.5) + math.log(0.7)) / 2)
@@ -156,24 +159,33 @@ def test_eq_2_does_not_see_a_shift_of_all_scores_and_bce_does():
     assert at(0.3, "bce") == pytest.approx(-(math.log(0.8) + math.log(0.4)) / 2)
 
 
-@pytest.mark.parametrize("kind", ["paper", "bce"])
-def test_judge_loss_of_nothing_is_zero_and_has_a_gradient(kind):
+@pytest.mark.parametrize("loss", ["paper", "bce"])
+def test_parts_of_a_batch_add_up_to_its_judge_loss(loss):
+    torch.manual_seed(0)
+    score, kind = torch.rand(6, 3), torch.randint(4, (6, 3))
+    terms = judge_terms(kind, loss)
+    parts = [judge_loss(score[i : i + 2], kind[i : i + 2], loss, terms) for i in (0, 2, 4)]
+    assert sum(parts).item() == pytest.approx(judge_loss(score, kind, loss).item())
+
+
+@pytest.mark.parametrize("loss", ["paper", "bce"])
+def test_judge_loss_of_nothing_is_zero_and_has_a_gradient(loss):
     score = torch.zeros(2, 1, requires_grad=True)
-    nothing = torch.zeros(2, 1, dtype=torch.bool)
-    loss = judge_loss(score, nothing, score, nothing, kind)
-    loss.backward()
-    assert loss.item() == 0 and score.grad.abs().sum() == 0
+    value = judge_loss(score, torch.zeros(2, 1, dtype=torch.long), loss)
+    value.backward()
+    assert value.item() == 0 and score.grad.abs().sum() == 0
 
 
-def test_eq_8_and_the_decay_of_alpha_3():
-    l_pred, l_cl, l_d = tensor(2.0), tensor(3.0), tensor(-1.0)
-    assert total_loss(l_pred, l_cl, l_d, (0.5, 0.5, 0.5), 0).item() == pytest.approx(1 + 1.5 - 0.5)
-    assert total_loss(l_pred, l_cl, l_d, (0.5, 0.5, 0.5), 2).item() == pytest.approx(1 + 1.5 - 0.5 * 0.81)
+def test_bce_of_a_saturated_score_is_finite_and_so_is_its_gradient():
+    score = tensor([[0.0, 1.0]], requires_grad=True)
+    value = judge_loss(score, tensor([[1, 2]]), "bce")
+    value.backward()
+    assert 10 < value.item() < 20 and torch.isfinite(score.grad).all()
 
 
 def test_mi_is_a_cross_entropy_that_teaches_the_explaining_side_only():
     pred, expl = tensor([[0.5, 0.25]], requires_grad=True), tensor([[0.25, 0.5]], requires_grad=True)
-    loss = mutual_information_loss(pred, expl)
+    loss = mutual_information_loss(pred, expl)[0]
     assert loss.item() == pytest.approx(0.5 * math.log(4) + 0.25 * math.log(2))
     loss.backward()
     assert pred.grad is None and expl.grad.tolist() == [[pytest.approx(-2.0), pytest.approx(-0.5)]]
@@ -210,8 +222,8 @@ ids = torch.tensor([[1, 2, 3], [4, 5, 0], [6, 0, 0]])
 score = judge(ids, (ids != 0).long())
 nll = torch.tensor([0.4, 0.9, 1.5], requires_grad=True)
 loss, pos_term, neg_term = contrastive_loss(
-    nll[None, pos], torch.ones(1, 2, dtype=torch.bool), nll[None, neg], torch.ones(1, 1, dtype=torch.bool),
-    score[None, pos], score[None, neg])
+    nll[None], torch.tensor([[1.0, 0.0, 0.0]]), torch.tensor([[0.0, 0.0, 1.0]]),
+    torch.stack([score[0], score[1], 1 - score[2]])[None])
 loss.backward()
 assert torch.allclose(pos_term, 0.4 * score[0]) and torch.allclose(neg_term, (1.5 - 3) * (1 - score[2]))
 assert torch.allclose(nll.grad, torch.stack([score[0], score[0] * 0, -0.2 * (1 - score[2])]).detach())
@@ -228,7 +240,10 @@ def test_the_three_names_work_pasted_into_a_notebook(tmp_path):
 
 def test_auc_of_the_discriminator_by_hand():
     scores = {"a": 0.9, "b": 0.4, "c": 0.6, "d": 0.4, "e": 0.1, "f": 0.8}
-    judge = SimpleNamespace(score_constant=lambda questions, texts: tensor([scores[t] for t in texts]))
+    models = small_models(make_options())
+    models.score = lambda questions, texts, where: tensor(
+        [[scores.get(own[j], 0) if j < len(own) else 0 for j in range(where.shape[1])] for own in texts]
+    )
     example = data.Example("q", "x", "y")
     questions = [
         Question(example, "y", ["a", "b"], ["c", "d"], held_out=True),  # pairs a>c, a>d, b<c, b=d: 2.5 of 4
@@ -236,5 +251,5 @@ def test_auc_of_the_discriminator_by_hand():
         Question(example, "y", ["a"], [], held_out=True),  # no pair
         Question(example, "y", ["a"], ["b"]),  # not held out
     ]
-    assert judge_auc(judge, questions) == pytest.approx(2.5 / 5)
-    assert math.isnan(judge_auc(judge, questions[2:]))
+    assert judge_auc(models, questions) == pytest.approx(2.5 / 5)
+    assert math.isnan(judge_auc(models, questions[2:]))
