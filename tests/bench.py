@@ -50,6 +50,7 @@ SHAPES = {
     "base": {"d_model": 768, "d_kv": 64, "d_ff": 3072, "num_layers": 12, "num_heads": 12},
 }
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+PRECISION = "auto"  # --precision sets it
 
 
 def synchronized() -> float:
@@ -77,7 +78,7 @@ def make_student(shape: str, texts: list[str], folder: Path) -> None:
 
 
 def trainer_dss(student: Path, questions: list[qcrd.Question], batch: int) -> Callable[[int], float]:
-    models = qcrd.load_models(qcrd.fill_in(qcrd.Options(student=str(student), method="dss")))
+    models = qcrd.load_models(qcrd.fill_in(qcrd.Options(student=str(student), method="dss", precision=PRECISION)))
     model, tokenizer = models.student, models.tokenizer
 
     def features(prefix: str, q: qcrd.Question, target: str) -> dict[str, Any]:
@@ -122,8 +123,7 @@ def trainer_dss(student: Path, questions: list[qcrd.Question], batch: int) -> Ca
 
 def obvious_qcrd(student: Path, questions: list[qcrd.Question], batch: int) -> Callable[[int], float]:
     """As a first version is written: loops over rationales, everything with gradients."""
-    options = qcrd.fill_in(qcrd.Options(student=str(student)))
-    models = qcrd.load_models(options)
+    models = qcrd.load_models(qcrd.fill_in(qcrd.Options(student=str(student), precision=PRECISION)))
     model, tokenizer = models.student, models.tokenizer
     encoder = T5EncoderModel(deepcopy(model.config)).to(DEVICE)
     encoder.load_state_dict(model.get_encoder().state_dict(), strict=False)
@@ -155,11 +155,12 @@ def obvious_qcrd(student: Path, questions: list[qcrd.Question], batch: int) -> C
                     sides[-1]["nll"].append(nll(explain, column))
                     sides[-1]["score"].append(judge(**tokens([f"{e} {c}" for e, c in zip(explain, column)])))
                     sides[-1]["mask"].append(torch.tensor([j < len(own) for own in texts], device=DEVICE))
-            pos, neg = ({key: torch.stack(value, 1) for key, value in side.items()} for side in sides)
-            loss_cl = qcrd.contrastive_loss(
-                pos["nll"], pos["mask"], neg["nll"], neg["mask"], pos["score"], neg["score"], delta=100.0
-            )[0]
-            loss_d = qcrd.judge_loss(pos["score"], pos["mask"], neg["score"], neg["mask"])
+            l, score, mask = (torch.stack(sides[0][key] + sides[1][key], 1) for key in ("nll", "score", "mask"))
+            is_pos = torch.arange(mask.shape[1], device=DEVICE) < len(sides[0]["mask"])
+            pos_share, neg_share = (qcrd.choose(l, mask & of, pick) for of, pick in ((is_pos, "min"), (~is_pos, "max")))
+            weight = qcrd.quality_weights(score, pos_share, neg_share)
+            loss_cl = qcrd.contrastive_loss(l, pos_share, neg_share, weight, delta=100.0)[0]
+            loss_d = qcrd.judge_loss(score, torch.where(is_pos, 1, 2) * mask)
         optimizer.zero_grad()
         (loss + 0.5 * loss_cl + 0.5 * loss_d).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -181,26 +182,33 @@ def ours(
     student: Path, questions: list[qcrd.Question], batch: int, method: str, shares: list[float] | None = None
 ) -> Callable[[int], float]:
     """The project's own steps; for qcrd with the writing of the negatives that they use, its share into `shares`."""
-    options = qcrd.fill_in(qcrd.Options(student=str(student), method=method, batch_size=batch, delta=100.0, rounds=1))
+    options = qcrd.fill_in(
+        qcrd.Options(
+            student=str(student), method=method, batch_size=batch, delta=100.0, rounds=10**6, precision=PRECISION
+        )
+    )
     options.round_steps = len(questions) // batch
     if method == "dss":  # as qcrd.vote leaves them for dss
-        questions = [replace(q, positives=q.positives[:1]) for q in questions]
+        questions = [replace(q, positives=q.positives[:1], negatives=[]) for q in questions]
     models = qcrd.load_models(options)
     optimizers = qcrd.make_optimizers(models)
-    progress: dict[str, Any] = {"step": 0, "sums": {}}
     batches = qcrd.round_batches(questions, options, 0)
+    limit = qcrd.rationale_limit(models, questions)
+    done = 0
 
     def run(steps: int) -> float:
-        first, began = progress["step"], synchronized()
-        part = [batches[i % len(batches)] for i in range(first, first + steps)]
+        nonlocal done
+        began = synchronized()
+        part = [batches[i % len(batches)] for i in range(done, done + steps)]
         drawn: dict[str, str] = {}
         if method == "qcrd":
-            path = Path(tempfile.mkdtemp()) / "drawn.jsonl"
-            qcrd.draw_negatives(models, [q for own in part for q in own], 0, path)
-            drawn = {row["id"]: row["output"] for _, row in data.parse_jsonl(path.read_bytes(), path.name)}
+            asked = [q.example for own in part for q in own]
+            texts = models.generate([f"explain: {e.input}" for e in asked], limit, options.student_temperature)
+            drawn = {e.id: text for e, text in zip(asked, texts)}
         drawing = synchronized() - began
         for own in part:
-            qcrd.train_step(models, optimizers, own, drawn, 0, progress, 10**6)
+            qcrd.train_step(models, optimizers, own, drawn, 0, done)
+            done += 1
         if shares is not None:
             shares.append(drawing / (synchronized() - began))
         return synchronized() - began
@@ -213,8 +221,8 @@ def ours(
 
 def load_questions(folder: Path, k: int | None = None) -> list[qcrd.Question]:
     """SVAMP's training questions with the real samples, each filled up to K by repeating with a word changed."""
-    options = qcrd.Options(
-        task="svamp", data=str(folder / "datasets.zip"), teacher=[str(folder / "samples/svamp.jsonl")]
+    options = qcrd.fill_in(
+        qcrd.Options(task="svamp", data=str(folder / "datasets.zip"), teacher=[str(folder / "samples/svamp.jsonl")])
     )
     task, splits = data.load_task("svamp", options.data)
     questions = qcrd.vote(task, splits["train"], data.collect(task, splits["train"], options.teacher, options), options)
@@ -247,16 +255,15 @@ def product_rate(dtype: torch.dtype) -> float:
 
 def peak_memory(name: str, student: Path, options: argparse.Namespace) -> float:
     """GB: of the GPU's tensors, or of a process of its own that trains a few steps."""
-    command = [sys.executable, __file__, "--data", str(options.data), "--batch", str(options.batch),
+    command = [sys.executable, __file__, "--data", str(options.data), "--batch", str(options.batch), "--precision", PRECISION,
                "--memory-of", name, "--student", str(student), "--steps", "2"]  # fmt: skip
     return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
 
 
 def count_products(student: Path, questions: list, options: argparse.Namespace, speed: dict[str, float]) -> None:
     """Matrix products a question, counted on four steps of four questions, against the machine's rate."""
-    bf16 = qcrd.use_bf16("auto", DEVICE, SHAPES[options.shape]["d_model"])
-    rate = product_rate(torch.bfloat16 if bf16 else torch.float32)
-    print(f"\n| | GFLOP a question | of {rate:.0f} GFLOP/s ({'bf16' if bf16 else 'fp32'}) |\n|---|---|---|")
+    rate = product_rate(torch.bfloat16 if PRECISION == "bf16" else torch.float32)
+    print(f"\n| | GFLOP a question | of {rate:.0f} GFLOP/s ({PRECISION}) |\n|---|---|---|")
     for name, make in contenders(student, questions, 4, []).items():
         run = make()
         with FlopCounterMode(display=False) as counter:
@@ -325,10 +332,13 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8, help="of each contender in a repeat")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
+    parser.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto")
     parser.add_argument("--grow", action="store_true", help="growth instead of the comparison")
     parser.add_argument("--student", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    global PRECISION
+    PRECISION = options.precision
     logging.disable(logging.WARNING)
     if options.memory_of:
         contenders(options.student, load_questions(options.data), options.batch, [])[options.memory_of]()(options.steps)
