@@ -5,6 +5,7 @@ and an answer. Which samples are positives and which negatives is decided in qcr
 """
 
 import ast
+import codecs
 import hashlib
 import io
 import json
@@ -14,6 +15,7 @@ import os
 import random
 import re
 import threading
+import urllib.request
 import zipfile
 import zlib
 from collections.abc import Callable, Hashable, Iterable, Iterator
@@ -21,24 +23,24 @@ from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
+from http.client import HTTPException
 from itertools import accumulate, islice, pairwise
 from pathlib import Path
 from string import ascii_lowercase
 from typing import Any, NamedTuple
+from urllib.error import HTTPError
 
 import filelock
+import jinja2
 import numpy as np
 import sentencepiece
 import torch
 import transformers
-from huggingface_hub import InferenceClient
-from huggingface_hub.errors import HfHubHTTPError, HTTPError, InferenceTimeoutError
-from huggingface_hub.file_download import http_get
 from safetensors import SafetensorError
 from tqdm import tqdm
 
 DSS_ZIP = "https://github.com/google-research/distilling-step-by-step/raw/main/datasets.zip"
-MAX_TOKENS, TEACHER_BATCH = 512, 16  # of a teacher's answer; of a local teacher's questions at once
+TEACHER_BATCH = {"cpu": 16, "cuda": 64}  # a local teacher's questions at once
 API_TIMEOUT, API_TRIES, API_BACKOFF = 120, 8, 1.0  # seconds, tries of a request, seconds before the second
 CACHE = Path(os.environ.get("QCRD_CACHE") or Path.home() / ".cache" / "qcrd")
 
@@ -127,7 +129,11 @@ def read_nli(row: dict) -> dict:
 
 def read_plain(row: dict) -> dict:
     known = {"choices": row.get("choices") or (), "rationale": row.get("rationale") or ""}
-    return {"input": row["input"], "label": row["label"], **known}
+    label = row["label"]
+    return {"input": row["input"], "label": str(label) if type(label) in (int, float) else label, **known}
+
+
+FREE = "the answer, in as few words as possible"
 
 
 @dataclass(frozen=True)
@@ -138,11 +144,11 @@ class Task:
     read: Callable[[dict], dict] = read_plain
     folder: str = ""  # its name in the DSS release
     numeric: bool = False  # answers are equations, compared by value
-    answer_format: str = "the answer, in as few words as possible"
+    answer_format: str = FREE
 
     def key(self, answer: str | None) -> Hashable:
         """What makes two answers the same: the value of an equation, the text of anything else; None if unusable."""
-        return equation_value(answer) if self.numeric and answer is not None else answer
+        return equation_value(bare_number(answer)) if self.numeric and answer is not None else answer
 
     def correct(self, answer: str | None, example: Example) -> bool:
         """DSS's metric for one prediction."""
@@ -150,13 +156,15 @@ class Task:
 
 
 EQUATION = "an equation of the numbers in the question, such as ( 7 + 5 )"
+NUMBER = "a number, or an equation of numbers"
 CHOICE = "one of the answer choices, as its letter and text, such as (a) yes"
+RELATION = "one of the answer choices, as its letter and text, such as (a) entailment"
 TASKS = {
     "toy": Task("toy", numeric=True, answer_format=EQUATION),
     "svamp": Task("svamp", folder="svamp", numeric=True, answer_format=EQUATION),
     "cqa": Task("cqa", read_cqa, folder="cqa", answer_format=CHOICE),
-    "anli": Task("anli", read_nli, folder="anli1", answer_format=CHOICE),
-    "esnli": Task("esnli", read_nli, folder="esnli", answer_format=CHOICE),
+    "anli": Task("anli", read_nli, folder="anli1", answer_format=RELATION),
+    "esnli": Task("esnli", read_nli, folder="esnli", answer_format=RELATION),
 }
 
 
@@ -165,36 +173,62 @@ TASKS = {
 
 # What completion models run on into: the next question of the few-shot prompt, invented.
 NEXT_QUESTION = re.compile(r"\n\s*(?:Q|Question|Premise|Hypothesis|Sentence|Input)\s*:|\bQ:|\bPremise:")
-# What introduces the answer: the paper's format, PaLM's, and the ways in which Llama-3 varies it.
+# Reasoning models think first; some templates open the block in the prompt, and one that is not closed leaves nothing.
+THINKING = re.compile(r"^.*</think>|<think>.*", re.DOTALL)
+# How signs, LaTeX, markdown and GSM8K's annotations read as plain text, in this order.
+PLAIN = [
+    (r"[−–](?=\s*\d)", "-"), (r"×|\\times|\\cdot", "*"), (r"÷|\\div", "/"), (r"<<[^<>\n]*>>", ""),
+    (r"\\(?:text|mathrm|textbf|mathbf)\{([^{}]*)\}", r"\1"), (r"\\d?frac\{([^{}]*)\}\{([^{}]*)\}", r"(\1)/(\2)"),
+    (r"\\boxed\{([^{}]*)\}", r"<Answer>: \1"), (r"\\[\[\]()]|\$\$|\\(?=[$%])", ""), (r"^#{1,4} *(Explanation|Answer)\b:?", r"<\1>:"), (r"^\s*####", "<Answer>:"),
+    (r"\$([^$\n]*[=+*/][^$\n]*)\$", r"\1"),
+    (r"(?<![\d)])(?<![\d)] )\*\*|\*\*(?! ?[\d(])|__", ""), (r"</(?:Explanation|Answer)>", "\n"), (r"(?<=\d) ?[xX] ?(?=\d)", " * "),
+]  # fmt: skip
+# What introduces the answer: the paper's format, PaLM's, and the ways in which other models vary it.
 MARKER = re.compile(
-    r"<Answer>\s*:|\bAnswer\s*:|(?:,?\s*\b(?:so|hence|therefore|thus)[,]?\s+)?\bthe (?:correct |final )?answer is\b:?",
+    r"<Answer>\s*:?|\bAnswer\s*(?::|-\s)|(?:,?\s*\b(?:so|hence|therefore|thus)[,]?\s+)?"
+    r"\bthe (?:correct |final |right |best )?(?:answer|option|choice) is\b:?",
     re.IGNORECASE,
 )
-OPENING = re.compile(r"^\W*(?:<?Explanation>?|Rationale)\s*:\s*|^\s*A:\s*", re.IGNORECASE)
+OPENING = re.compile(r"^\W*(?:<Explanation>|Explanation\s*:|Rationale\s*:)[\s:]*|^\s*A:\s*", re.IGNORECASE)
 # A number, or an equation of numbers; thousands commas and dollar signs are removed before.
 NUMBERS = re.compile(r"[-(\s]*\d+(?:\.\d+)?(?:[\s()]*[-+*/][-\s()]*\d+(?:\.\d+)?)*[\s)]*")
+# Before a choice that is named only to be denied.
+DENIED = re.compile(
+    r"(?:\bnot|n't|\bneither|\bnor|\brather than|\binstead of)\s+\(?(?:(?:an?|the|be|to|by|it|does|is|this|necessarily)\s+)*$"
+)
+STEMS = {"entailment": "entail", "contradiction": "contradict"}  # as in: the premise entails the hypothesis
 
 
 def find_number(text: str, last: bool) -> str | None:
     """The first (or last) number or equation in the text."""
-    found = [m.group().strip() for m in NUMBERS.finditer(re.sub(r"(?<=\d),(?=\d{3}\b)|\$", "", text[:2000]))]
+    found = [m.group().strip() for m in NUMBERS.finditer(bare_number(text[:2000]))]
     found = [f for f in (found + [f.strip("() ") for f in found]) if equation_value(f) is not None]
     return (found[-1] if last else found[0]) if found else None
 
 
+def bare_number(text: str) -> str:
+    """Without thousands commas and dollar signs."""
+    return re.sub(r"(?<=\d),(?=\d{3}\b)|\$", "", text)
+
+
 def find_choice(text: str, choices: tuple[str, ...]) -> str | None:
-    """The choice that the text gives: by its letter in brackets, by beginning with it, or as the first one named."""
-    letter = re.match(r"\W*(?:either )?\(([a-z])\)|\W*([a-z])\b\W*$", text, re.IGNORECASE)
+    """The choice that the text gives: by its letter, by beginning with it, or as the first one named and not denied."""
+    letter = re.match(r"\W*(?:either |option |choice |letter )?(?:\(([a-z])\)|([a-z])\b\W*$|([a-z])[).:](?!\w))", text, re.IGNORECASE)  # fmt: skip
     if letter:
-        return dict(zip(ascii_lowercase, choices)).get((letter[1] or letter[2]).lower())
-    plain = re.sub(r"^\W*(?:an? |the |to )?", "", text.lower())
+        return dict(zip(ascii_lowercase, choices)).get(letter[letter.lastindex or 0].lower())
+    text = text.lower()
+    plain = re.sub(r"^\W*(?:an? |the |to )?", "", text)
     for choice in sorted(choices, key=len, reverse=True):
         if re.match(re.escape(choice.lower()) + r"(?!\w)", plain):
             return choice
+    # elsewhere a story's "not" in front of a choice's word says nothing about the answer
+    denials = choices == NLI or text.lstrip().startswith("not ")
     named = []
     for name, choice in zip(ascii_lowercase, choices):
-        place = re.search(rf"(?<!\w){re.escape(choice.lower())}(?!\w)|\({name}\)|\bchoice {name}\b", text.lower())
-        named += [(place.start(), choice)] if place else []
+        word = STEMS[choice] + r"\w*" if choice in STEMS else re.escape(choice.lower())
+        place = re.search(rf"(?<!\w){word}(?!\w)|\({name}\)|\b(?:choice|option) {name}\b", text)
+        if place and not (denials and DENIED.search(text[: place.start()])):
+            named.append((place.start(), choice))
     return min(named)[1] if named else None
 
 
@@ -204,7 +238,9 @@ def parse_output(task: Task, example: Example, output: str) -> tuple[str, str | 
     The answer is the text of a choice, or an equation or number, or the text after the marker, by task; None where
     the output gives none. The rationale holds neither a marker nor what follows it, and may be empty.
     """
-    text = NEXT_QUESTION.split(output[:20_000].lstrip(), maxsplit=1)[0]
+    text = NEXT_QUESTION.split(THINKING.sub("", output[:20_000]).lstrip(), maxsplit=1)[0]
+    for pattern, plain in PLAIN:
+        text = re.sub(pattern, plain, text, flags=re.MULTILINE)
     text = OPENING.sub("", text, count=1).strip()
     markers = list(MARKER.finditer(text))
     rationale = (text[: markers[0].start()] if markers else text).strip()
@@ -228,27 +264,26 @@ def parse_output(task: Task, example: Example, output: str) -> tuple[str, str | 
 
 
 def download(url: str) -> Path:
-    """The file behind `url`, kept in the cache folder; interrupted downloads go on where they stopped."""
+    """The zip behind `url`, kept in the cache folder; one that is not whole is not kept."""
     path = CACHE / hashlib.sha256(url.encode()).hexdigest()[:12] / url.rsplit("/", 1)[-1]
-    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
+    path.parent.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(f"{path}.lock"):
         if not path.exists():
             try:
-                with part.open("ab") as file:
-                    http_get(url, file, resume_size=file.tell(), displayed_filename=path.name)
-                if not zipfile.is_zipfile(part):
-                    part.unlink()
-                    raise UserError(f"--data {url} did not give a whole zip file: try again, or name a local one.")
-            except (OSError, HfHubHTTPError) as error:
+                torch.hub.download_url_to_file(url, str(part))
+            except (OSError, HTTPException) as error:
                 raise UserError(f"--data {url} could not be downloaded ({error}): try again, or name a local zip.")
+            if not zipfile.is_zipfile(part):
+                part.unlink()
+                raise UserError(f"--data {url} did not give a whole zip file: try again, or name a local one.")
             os.replace(part, path)
     return path
 
 
 def parse_jsonl(raw: bytes, where: str, torn: bool = False) -> Iterator[tuple[str, dict]]:
     """Objects of JSON Lines, each with its place; `torn` drops broken lines, as a killed writer leaves them."""
-    for number, line in enumerate(raw.split(b"\n"), 1):
+    for number, line in enumerate(raw.removeprefix(codecs.BOM_UTF8).split(b"\n"), 1):
         if not line.strip():
             continue
         try:
@@ -352,6 +387,8 @@ def load_task(name: str, data: str = DSS_ZIP, train_size: float | None = None) -
             examples[example.id] = example
         if len(examples) < 3:
             raise UserError(f"{name} has {len(examples)} rows: training, validation and test need one each at least.")
+        if all(equation_value(bare_number(e.label)) is not None and not e.choices for e in examples.values()):
+            task = replace(task, numeric=True, answer_format=NUMBER)
         train, rest = hold_out(list(examples.values()), 0.2, seed=0)
         splits = dict(zip(("train", "valid", "test"), (train, *hold_out(rest, 0.5, seed=0))))
     if train_size is not None:
@@ -547,19 +584,89 @@ SYSTEM = (
     " explanation and the answer. Find the explanation by thinking step by step. The answer is {answer_format}."
     " Follow this output format:\n<Explanation>: the explanation\n<Answer>: the answer"
 )
-# Two worked examples for models that only continue text.
-SHOTS = """Question: Nina had 3 plums. She bought 4 more. How many plums does she have?
+SUMS = """Question: Nina had 3 plums. She bought 4 more. How many plums does she have?
 <Explanation>: Nina had 3 plums and bought 4, so she has 3 + 4 = 7 plums.
 <Answer>: ( 3 + 4 )
 
-Question: Where do fish live?
+Question: There are 24 chairs in rows of 6. How many rows are there?
+<Explanation>: Each row takes 6 of the 24 chairs, so there are 24 / 6 = 4 rows.
+<Answer>: ( 24 / 6 )
+
+Question: Omar baked 5 trays of 8 rolls and ate 2 rolls. How many rolls are left?
+<Explanation>: 5 trays of 8 rolls are 5 * 8 = 40 rolls. He ate 2 of them, so 40 - 2 = 38 are left.
+<Answer>: ( ( 5 * 8 ) - 2 )
+
+"""
+# Three worked examples for models that only continue text, by the form of the answer.
+SHOTS = {
+    EQUATION: SUMS,
+    NUMBER: SUMS,
+    RELATION: """Question: A woman plays the violin on a stage.
+Hypothesis: Somebody makes music.
+Answer Choices:
+(a) entailment
+(b) neutral
+(c) contradiction
+<Explanation>: Who plays the violin makes music, so the hypothesis must be true.
+<Answer>: (a) entailment
+
+Question: Two boys run across a field.
+Hypothesis: The boys are late for school.
+Answer Choices:
+(a) entailment
+(b) neutral
+(c) contradiction
+<Explanation>: They may run for any reason, so the hypothesis can be true or false.
+<Answer>: (b) neutral
+
+Question: A cat sleeps on the sofa.
+Hypothesis: The cat is chasing a bird.
+Answer Choices:
+(a) entailment
+(b) neutral
+(c) contradiction
+<Explanation>: A cat that sleeps chases nothing, so the hypothesis must be false.
+<Answer>: (c) contradiction
+
+""",
+    CHOICE: """Question: Where do fish live?
 Answer Choices:
 (a) water
 (b) sky
 <Explanation>: Fish breathe through gills, which work under water only.
 <Answer>: (a) water
 
-"""
+Question: What do you use to cut bread?
+Answer Choices:
+(a) spoon
+(b) pillow
+(c) knife
+<Explanation>: Cutting bread takes a long, sharp edge, which of these things a knife has.
+<Answer>: (c) knife
+
+Question: Why would you open an umbrella?
+Answer Choices:
+(a) sun has set
+(b) it rains
+(c) you are hungry
+<Explanation>: An umbrella keeps water off the one who holds it, and water falls when it rains.
+<Answer>: (b) it rains
+
+""",
+    FREE: """Question: What is the capital of France?
+<Explanation>: The government of France sits in Paris, which makes it the capital.
+<Answer>: Paris
+
+Question: Which is heavier, a truck or a bicycle?
+<Explanation>: A truck weighs tons, a bicycle about ten kilograms.
+<Answer>: a truck
+
+Question: What colour do you get from blue and yellow paint?
+<Explanation>: Paint of both colours keeps only the light between them, which is green.
+<Answer>: green
+
+""",
+}
 
 
 Chat = list[dict[str, str]]
@@ -582,9 +689,24 @@ def ask(task: Task, example: Example) -> Chat:
 
 def as_text(system: str, user: str) -> str:
     """A chat as text to continue, with worked examples where the paper's output format is asked for."""
-    if "<Explanation>" in system:
-        return f"{system}\n\n{SHOTS}{user}\n<Explanation>:"
+    for answer_format, shots in SHOTS.items():
+        if "<Explanation>" in system and answer_format in system:
+            return f"{system}\n\n{shots}{user}\n<Explanation>:"
     return f"{system}\n\n{user}\nReply:"
+
+
+def as_chat(tokenizer: Any, chat: Chat) -> str:
+    """A chat in the model's own template, thinking switched off where it can be; where the template has no system
+    role, as Gemma 2's and Mistral's, the system text goes in front of the user's."""
+    how = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": False}
+    try:
+        text = tokenizer.apply_chat_template(chat, **how)
+        if chat[0]["content"] in text:  # some templates drop what they do not know
+            return text
+    except jinja2.TemplateError:
+        pass
+    content = "\n\n".join(message["content"] for message in chat)
+    return tokenizer.apply_chat_template([{"role": "user", "content": content}], **how)
 
 
 Request = tuple[Example, int]  # a question, and the number of the sample
@@ -611,54 +733,67 @@ def ask_model(requests: list[Request], chat: Callable[[Example], Chat], name: st
     model.to(device).eval()
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     how: Any = {"do_sample": options.temperature > 0, "temperature": options.temperature or None}
-    for i in range(0, len(requests), TEACHER_BATCH):
-        batch = requests[i : i + TEACHER_BATCH]
+    if not tokenizer.chat_template and not seq2seq:  # a base model goes on with a question of its own
+        how |= {"stop_strings": ["\nQuestion:", "\n\n"], "tokenizer": tokenizer}
+    for i in range(0, len(requests), TEACHER_BATCH[device]):
+        batch = requests[i : i + TEACHER_BATCH[device]]
         chats = [chat(example) for example, _ in batch]
         if tokenizer.chat_template:
-            texts = [tokenizer.apply_chat_template(c, tokenize=False, add_generation_prompt=True) for c in chats]
+            texts = [as_chat(tokenizer, c) for c in chats]
         else:
             texts = [as_text(system["content"], user["content"]) for system, user in chats]
         special = seq2seq or not tokenizer.chat_template  # a chat template brings its own
         inputs = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=special).to(device)
         torch.manual_seed(int(hashlib.sha256(f"{batch[0][0].id}/{batch[0][1]}".encode()).hexdigest()[:8], 16))
-        output = model.generate(**inputs, **how, max_new_tokens=MAX_TOKENS)
+        output = model.generate(**inputs, **how, max_new_tokens=options.max_tokens)
         output = output if seq2seq else output[:, inputs["input_ids"].shape[1] :]
         yield from zip(batch, tokenizer.batch_decode(output, skip_special_tokens=True))
 
 
-# Timeouts, cut connections, and replies that are no JSON or not of the expected form.
-BROKEN_REPLY = (InferenceTimeoutError, HTTPError, OSError, ValueError, KeyError, IndexError, TypeError, AttributeError)
+def post_chat(base: str, body: dict[str, Any]) -> tuple[str, str]:
+    """(text, finish_reason) of one chat completion; the text is empty where the server gives none.
+
+    Not by huggingface_hub, whose client reaches nothing with HF_HUB_OFFLINE=1: a teacher's server is not the Hub.
+    Raises HTTPError for a status, OSError, HTTPException, ValueError, LookupError or TypeError for a broken reply.
+    """
+    headers = {
+        "Content-Type": "application/json",
+        "Authorization": f"Bearer {os.environ.get('OPENAI_API_KEY', 'none')}",
+    }
+    request = urllib.request.Request(f"{base.rstrip('/')}/chat/completions", json.dumps(body).encode(), headers)
+    with urllib.request.urlopen(request, timeout=API_TIMEOUT) as reply:
+        choice = json.load(reply)["choices"][0]
+    return choice["message"]["content"] or "", str(choice.get("finish_reason"))
 
 
 def ask_api(requests: list[Request], chat: Callable[[Example], Chat], name: str, options: Any) -> Answers:
     """Samples of any OpenAI-compatible server; 429, 5xx, cut and slow connections are tried again with backoff."""
-    client = InferenceClient(
-        base_url=options.api_base or os.environ.get("OPENAI_BASE_URL") or "https://api.openai.com/v1",
-        api_key=os.environ.get("OPENAI_API_KEY") or "none",
-        timeout=API_TIMEOUT,
-    )
+    base = options.api_base or os.environ.get("OPENAI_BASE_URL") or "https://api.openai.com/v1"
+    limits = ["max_tokens"]  # as the server calls it
+    empty: list[str] = []  # finish reasons of replies without text
 
     def one(request: Request) -> str:
         for attempt in range(API_TRIES):
-            pause = min(60, 2**attempt * API_BACKOFF)
+            pause, limit = min(60, 2**attempt * API_BACKOFF), limits[-1]
+            body = {"model": name, "messages": chat(request[0]), "temperature": options.temperature}
             try:
-                reply = client.chat_completion(
-                    chat(request[0]), model=name, temperature=options.temperature, max_tokens=MAX_TOKENS
-                )
-                content = reply.choices[0].message.content
-                if isinstance(content, str):
-                    return content
-                problem = "a reply without text"
-            except HfHubHTTPError as error:
-                status = error.response.status_code
-                problem = f"status {status}"
-                if status in (401, 403):
+                text, reason = post_chat(base, body | {limit: options.max_tokens})
+                if not text:  # reasoning used up the tokens, or a filter said no: a sample without an answer
+                    empty.append(reason)
+                return text
+            except HTTPError as error:
+                problem = f"status {error.code}"
+                said = " ".join(error.read().decode(errors="replace").split())[:300]
+                if error.code in (401, 403):
                     raise UserError(f"--teacher api:{name} refused the key ({problem}): set OPENAI_API_KEY.")
-                if status != 429 and status < 500:
-                    raise UserError(f"--teacher api:{name} refused ({problem}): check the model and --api-base.")
+                if limit == "max_tokens" and "max_completion_tokens" in said:
+                    limits.append("max_completion_tokens")
+                    continue
+                if error.code != 429 and error.code < 500:
+                    raise UserError(f"--teacher api:{name} refused ({problem}, {said}): check model and options.")
                 with suppress(ValueError):
-                    pause = max(pause, float(error.response.headers.get("Retry-After", 0)))
-            except BROKEN_REPLY as error:
+                    pause = max(pause, float(error.headers.get("Retry-After", 0)))
+            except (OSError, HTTPException, ValueError, LookupError, TypeError) as error:
                 problem = type(error).__name__
             if over.wait(pause):
                 break
@@ -676,6 +811,9 @@ def ask_api(requests: list[Request], chat: Callable[[Example], Chat], name: str,
     finally:
         over.set()
         pool.shutdown(wait=False, cancel_futures=True)
+        if empty:
+            reasons = ", ".join(sorted(set(empty)))
+            print(f"{len(empty)} replies had no text (finish_reason {reasons}); if it is length, raise --max-tokens.")
 
 
 class Cache:
@@ -709,7 +847,7 @@ class Cache:
 
 def cache_path(task: Task, teacher: str, options: Any) -> Path:
     """One cache for each model, prompt and temperature; the key of an API is no part of it."""
-    example = Example("", "{question}", "", ("{choice}",) if task.answer_format == CHOICE else ())
+    example = Example("", "{question}", "", ("{choice}",) if task.answer_format in (CHOICE, RELATION) else ())
     identity = [task.name, teacher, ask(task, example), SHOTS, options.temperature]
     if teacher == "toy":
         identity.append([options.toy_errors, TOY_VERSION])

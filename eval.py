@@ -47,6 +47,7 @@ class Options:
     pairs: int = qcrd.option(50, "rationales to compare")
     api_base: str | None = qcrd.option(None, "as in qcrd.py")
     api_concurrency: int = qcrd.option(8, "as in qcrd.py")
+    max_tokens: int = qcrd.option(512, "as in qcrd.py")
     temperature: float = qcrd.option(0.0, "at which the judge answers")
 
 

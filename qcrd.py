@@ -78,6 +78,7 @@ class Options:
     temperature: float = option(0.7, "at which the teacher is sampled")
     api_base: str | None = option(None, "an OpenAI-compatible server (or OPENAI_BASE_URL; key in OPENAI_API_KEY)")
     api_concurrency: int = option(8, "requests under way at once")
+    max_tokens: int = option(512, "of a teacher's answer")
     toy_errors: float = option(0.4, "how often the toy's teacher reasons wrongly")
     # the method; a baseline is a set of values of these, see METHODS
     method: Literal["finetune", "single", "dss", "mi", "qcrd"] = option("qcrd", "the paper's method or a baseline")
@@ -344,7 +345,7 @@ def weigh(models: "Models", questions: list[Question], drawn: dict[str, str], ju
     """Which rationales of a batch count in L_cl, and how much, without gradients: eqs. 4 to 7 but for l itself.
 
     `drawn` has the student's negatives by question id, `judged` the rows that D learns from. Min, max and margin
-    leave most rationales without a gradient, so that all are read here, and only the chosen ones again in `losses`.
+    leave most rationales without a gradient, so that all are read here, and only the chosen ones again in `student_losses`.
     """
     options = models.options
     texts, kinds = [], []
@@ -373,11 +374,8 @@ def weigh(models: "Models", questions: list[Question], drawn: dict[str, str], ju
     return Batch(questions, texts, kind, pos_share, neg_share, weight, kind * rows)
 
 
-def losses(models: "Models", batch: Batch, terms: float) -> tuple[Tensor, Tensor, Tensor, Tensor, Figures]:
-    """L_pred, L_cl, L_D and MI's term of a batch, scalars with gradients, and its figures.
-
-    L_D is the sum over what D learns from, divided by `terms`; 0 terms: D does not learn in this step.
-    """
+def student_losses(models: "Models", batch: Batch) -> tuple[Tensor, Tensor, Tensor, Figures]:
+    """L_pred, L_cl and MI's term of a batch, scalars with gradients, and its figures."""
     options, questions, n = models.options, batch.questions, len(batch.questions)
     chosen = batch.pos_share + batch.neg_share > 0  # (N, R)
     tasks, texts, where = ["predict"], [[q.label] for q in questions], torch.ones(n, 1, dtype=torch.bool)
@@ -389,7 +387,7 @@ def losses(models: "Models", batch: Batch, terms: float) -> tuple[Tensor, Tensor
     l_label, l = l_all[:n, 0], l_all[n:] if chosen.any() else torch.zeros_like(batch.weight)  # (N,), (N, R)
     L_pred = l_label.mean()
     L_cl, pos, neg = contrastive_loss(l, batch.pos_share, batch.neg_share, batch.weight, options.beta, options.delta)
-    L_D = L_mi = L_pred.new_zeros(())
+    L_mi = L_pred.new_zeros(())
     figures = {"L_pred": L_pred.item()}
     if options.positives != "none":
         figures |= {"L_positive": pos.mean().item(), "L_negative": neg.mean().item()}
@@ -401,15 +399,19 @@ def losses(models: "Models", batch: Batch, terms: float) -> tuple[Tensor, Tensor
         pred = models.likeliest((states, mask), rows, [questions[i].label for i in rows])
         expl = models.likeliest((states, mask), [n + i for i in rows], [questions[i].positives[0] for i in rows])
         L_mi = mutual_information_loss(pred, expl).sum() / n
-    if terms:
-        score = models.score(questions, batch.texts, batch.judged > 0)
-        L_D = judge_loss(score, batch.judged, options.judge_loss, terms)
-        figures["L_judge"] = L_D.item()
-        for kind, name in enumerate(("D pos", "D teacher neg", "D student neg"), POSITIVE):
-            own = score[batch.judged == kind]
-            if len(own):
-                figures[name] = own.mean().item()
-    return L_pred, L_cl, L_D, L_mi, figures
+    return L_pred, L_cl, L_mi, figures
+
+
+def discriminator_loss(models: "Models", batch: Batch, terms: float) -> tuple[Tensor, Figures]:
+    """L_D of a batch, a scalar with gradients: the sum over what D learns from, divided by `terms`; and its figures."""
+    score = models.score(batch.questions, batch.texts, batch.judged > 0)
+    L_D = judge_loss(score, batch.judged, models.options.judge_loss, terms)
+    figures = {"L_judge": L_D.item()}
+    for kind, name in enumerate(("D pos", "D teacher neg", "D student neg"), POSITIVE):
+        own = score[batch.judged == kind]
+        if len(own):
+            figures[name] = own.mean().item()
+    return L_D, figures
 
 
 def train_step(
@@ -430,14 +432,20 @@ def train_step(
     for first in range(0, len(questions), size):
         part = Batch._make(value[first : first + size] for value in whole)
         share = len(part.questions) / len(questions)
+        # L_total = alpha_1 L_pred + alpha_2 L_cl + alpha_3 L_D, eq. 8, a sum whose terms go backward one after the
+        # other, so that one graph is in memory at a time
         with models.autocast():
-            L_pred, L_cl, L_D, L_mi, figures = losses(models, part, terms * share)
-        alpha3 = options.alpha3 * ALPHA3_DECAY**round_
-        L_total = options.alpha1 * L_pred + options.alpha2 * L_cl + alpha3 * L_D + options.mi_weight * L_mi  # eq. 8
-        if not torch.isfinite(L_total):
-            ids = ", ".join(q.example.id for q in part.questions[:5])
-            raise UserError(f"the loss is {L_total.item()} at step {step} ({ids}): lower --lr or use --precision fp32.")
-        (share * L_total).backward()
+            L_pred, L_cl, L_mi, figures = student_losses(models, part)
+        student_total = options.alpha1 * L_pred + options.alpha2 * L_cl + options.mi_weight * L_mi
+        if not torch.isfinite(student_total):
+            at = f"step {step} ({', '.join(q.example.id for q in part.questions[:5])})"
+            raise UserError(f"the loss is {student_total.item()} at {at}: lower --lr or use --precision fp32.")
+        (share * student_total).backward()
+        if terms:
+            with models.autocast():
+                L_D, judge_figures = discriminator_loss(models, part, terms * share)
+            (share * options.alpha3 * ALPHA3_DECAY**round_ * L_D).backward()
+            figures |= judge_figures
         seen.append(figures)
     optimizers[0].param_groups[0]["lr"] = learning_rate(options, step)
     for optimizer in optimizers if judged else optimizers[:1]:

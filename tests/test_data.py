@@ -122,6 +122,86 @@ def test_parsing(task, example, output, rationale, answer):
     assert parse_output(TASKS[task], example or Example("s", "?", "1"), output) == (rationale, answer)
 
 
+NUMBER_OUTPUTS = [
+    ("He has 40 and gets 2 more.\n**Answer**: 42", "He has 40 and gets 2 more.", 42),
+    ("He has 40.\n**Answer:** 42", "He has 40.", 42),
+    ("**Explanation:** one two three four\n\n**Answer:** **42**\n\nLet me know!", "one two three four", 42),
+    ("### Explanation\nforty and two.\n### Answer\n42", "forty and two.", None),
+    ("40 and 2 make the total 42. \\[ \\boxed{42} \\]", "40 and 2 make the total 42.", 42),
+    ("So we get $40 + 2 = 42$. The final answer is $\\boxed{42}$.", "So we get 40 + 2 = 42.", 42),
+    ("It is \\(6 \\times 7\\). Answer: \\text{6 \\times 7}", "It is 6 * 7.", 42),
+    ("Half of it. Answer: \\frac{84}{2}", "Half of it.", 42),
+    ("40 + 2 = <<40+2=42>>42 apples.\n#### 42", "40 + 2 = 42 apples.", 42),
+    ("The answer is \u22123.", "", -3),
+    ("<Answer>: 6 x 7 = 42", "", 42),
+    ("Six rows of seven. Answer: 6 \u00d7 7", "Six rows of seven.", 42),
+    ("Explanation: half of it\nAnswer: 84 \u00f7 2", "half of it", 42),
+    ("<think>Maybe 50? The answer is 50. No: 40 and 2.</think>\n<Explanation>: 40 apples and 2 more make 42.\n<Answer>: 42", "40 apples and 2 more make 42.", 42),
+    ("Maybe 50? The answer is 50.</think><Explanation>: 40 and 2.\n<Answer>: 42", "40 and 2.", 42),
+    ("<think>It never ends. The answer is 7.", "", None),
+    ("<Explanation>40 and 2 more make 42.</Explanation>\n<Answer>( 40 + 2 )</Answer>", "40 and 2 more make 42.", 42),
+    ("<Explanation> : forty.\n<Answer> : 42", "forty.", 42),
+    ("2 ** 3 is not read as 23. Answer: 2**3", "2 ** 3 is not read as 23.", 2),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("output", "rationale", "value"), NUMBER_OUTPUTS)
+def test_numbers_as_models_write_them(output, rationale, value):
+    task = TASKS["svamp"]
+    found, answer = parse_output(task, Example("s", "?", "42"), output)
+    assert found == rationale and not data.MARKER.search(found) and "think>" not in found
+    if "###" in output:  # a heading's answer stands in the next line
+        value = 42
+    assert task.key(answer) == value
+
+
+LETTERS = Example("l", "?", "beta", ("alpha", "beta", "gamma"))
+
+
+@pytest.mark.parametrize(
+    ("example", "output", "answer"),
+    [
+        (LETTERS, "It must be so, so the answer is Option B.", "beta"),
+        (LETTERS, "We see. The correct option is B.", "beta"),
+        (LETTERS, "The correct choice is (c).", "gamma"),
+        (LETTERS, "The best answer is B", "beta"),
+        (LETTERS, "Thus \\boxed{B}", "beta"),
+        (LETTERS, "Thus \\boxed{\\text{(b) beta}}", "beta"),
+        (LETTERS, "**Answer**: **B**", "beta"),
+        (LETTERS, "Answer: B. beta", "beta"),
+        (LETTERS, "Answer: b) beta", "beta"),
+        (LETTERS, "<Answer>(b) beta</Answer>", "beta"),
+        (LETTERS, "The answer is not (a) alpha but (b) beta.", "beta"),
+        (LETTERS, "Option B is correct because it fits well here.", "beta"),
+        (NLI, "The hypothesis is not an entailment; it is a contradiction.", "contradiction"),
+        (NLI, "The premise entails the hypothesis.", "entailment"),
+        (NLI, "This contradicts the premise.", "contradiction"),
+        (NLI, "It does not contradict the premise, nor does it entail it; so it is neutral.", "neutral"),
+        (NLI, "It isn't entailed; neutral.", "neutral"),
+        (NLI, "The hypothesis is not entailed.", None),
+    ],
+)
+def test_choices_as_models_name_them(example, output, answer):
+    task = TASKS["cqa" if example is LETTERS else "anli"]
+    rationale, found = parse_output(task, example, output)
+    assert found == answer and not data.MARKER.search(rationale)
+
+
+def test_a_task_of_ones_own_with_numbers_as_labels_compares_by_value(tmp_path):
+    rows = [{"input": f"What is {i} and 2?", "label": label} for i, label in enumerate(["15", 15, "1,234", "$3", "( 7 + 8 )"])]  # fmt: skip
+    path = tmp_path / "gsm.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + "".join(json.dumps(row) + "\n" for row in rows).encode())
+    task, splits = data.load_task(str(path))
+    assert task.numeric and sorted(e.label for split in splits.values() for e in split) == sorted(["15", "15", "1,234", "$3", "( 7 + 8 )"])  # fmt: skip
+    example = Example("x", "?", "15")
+    for output in ("The answer is $15.", "The answer is 15.0", "The answer is 13 + 2 = 15", "So it is.\n#### 15"):
+        assert task.correct(parse_output(task, example, output)[1], example), output
+    assert task.correct("1234", Example("y", "?", "1,234")) and not task.correct("16", example)
+    rows[0]["label"] = "fifteen"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert not data.load_task(str(path))[0].numeric
+
+
 def test_a_task_of_ones_own_takes_the_text_after_the_marker():
     example = Example("x", "?", "blue")
     assert parse_output(data.Task("own"), example, "The sky. So the answer is blue.") == ("The sky.", "blue")

@@ -8,7 +8,7 @@ import torch
 
 import data
 import qcrd
-from qcrd import SCHEMES, Models, Question, choose, contrastive_loss, losses, weigh
+from qcrd import SCHEMES, Models, Question, choose, contrastive_loss, discriminator_loss, student_losses, weigh
 from tests.helpers import a_student, make_options, small_models, tokenizer
 
 
@@ -73,7 +73,7 @@ def test_two_passes_give_the_loss_and_gradient_of_all_rationales_at_once(scheme,
     models = small_models(make_options(scheme=scheme, judge=judge, delta=delta, quality="printed"))
     models.group_size = 4
     batch, drawn = a_batch()
-    _, fast, _, _, figures = losses(models, weigh(models, batch, drawn, set()), 0)
+    _, fast, _, figures = student_losses(models, weigh(models, batch, drawn, set()))
     slow, pos, neg = slow_l_cl(models, batch, drawn)
     assert fast.item() == pytest.approx(slow.item(), abs=1e-5)
     assert figures["L_positive"] == pytest.approx(pos.item(), abs=1e-5)
@@ -125,11 +125,11 @@ def test_grad_accum_changes_nothing_but_memory(judge_loss, change):
 
 
 def test_eq_8_and_the_decay_of_alpha_3(monkeypatch):
-    models = small_models(make_options(alpha1=0.5, alpha2=0.25, alpha3=0.5, mi_weight=0.1, judge="none"))
+    models = small_models(make_options(alpha1=0.5, alpha2=0.25, alpha3=0.5, mi_weight=0.1, beta=0.2))
     p = torch.nn.Parameter(torch.tensor([1.0]))
-    terms = (0.2 * p.sum(), 0.3 * p.sum(), -0.1 * p.sum(), 0.4 * p.sum(), {})
-    monkeypatch.setattr(qcrd, "losses", lambda *_: tuple(t * 1 if isinstance(t, torch.Tensor) else t for t in terms))
-    qcrd.train_step(models, [torch.optim.SGD([p], 0.0)], a_batch()[0][:1], {}, 2, 0)
+    monkeypatch.setattr(qcrd, "student_losses", lambda *_: (0.2 * p.sum(), 0.3 * p.sum(), 0.4 * p.sum(), {}))
+    monkeypatch.setattr(qcrd, "discriminator_loss", lambda *_: (-0.1 * p.sum(), {}))
+    qcrd.train_step(models, [torch.optim.SGD([p], 0.0)] * 2, a_batch()[0][2:3], {}, 2, 0)
     assert p.grad.item() == pytest.approx(0.5 * 0.2 + 0.25 * 0.3 + 0.5 * 0.9**2 * -0.1 + 0.1 * 0.4)
 
 
@@ -157,7 +157,7 @@ def test_choice_and_margin_are_settled_without_dropout():
 def test_l_cl_trains_the_student_and_not_the_discriminator():
     models = small_models(make_options(delta=5.8))
     batch, drawn = a_batch()
-    losses(models, weigh(models, batch, drawn, set()), 0)[1].backward()
+    student_losses(models, weigh(models, batch, drawn, set()))[1].backward()
     assert all(p.grad is None for p in models.judge.parameters())
     assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in models.student.parameters())
 
@@ -166,7 +166,7 @@ def test_l_cl_trains_the_student_and_not_the_discriminator():
 def test_only_a_shared_encoder_lets_l_d_shape_the_student(judge, trains_encoder):
     models = small_models(make_options(judge=judge))
     batch, drawn = a_batch()
-    losses(models, weigh(models, batch, drawn, {0, 2, 3}), 5)[2].backward()
+    discriminator_loss(models, weigh(models, batch, drawn, {0, 2, 3}), 5)[0].backward()
     encoder = [
         p.grad.abs().sum().item() if p.grad is not None else 0 for p in models.student.get_encoder().parameters()
     ]
@@ -180,7 +180,7 @@ def nlls(models: Models, question: Question, texts: list[str]) -> list[float]:
 
 
 def l_cl(models: Models, question: Question) -> torch.Tensor:
-    return losses(models, weigh(models, [question], {}, set()), 0)[1]
+    return student_losses(models, weigh(models, [question], {}, set()))[1]
 
 
 def test_after_a_step_the_chosen_positive_is_likelier_and_a_negative_below_the_margin_less_likely():

@@ -4,6 +4,7 @@ import functools
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -42,6 +43,7 @@ class Server(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.answer = answer
         self.faults, self.delay = list(faults), delay
+        self.only = b""  # what a server says that takes max_completion_tokens only
         self.times: list[float] = []
         self.bodies: list[dict] = []
         threading.Thread(target=self.serve_forever, daemon=True).start()
@@ -77,6 +79,10 @@ class Handler(BaseHTTPRequestHandler):
             self.reply(429, b"{}", Retry_After="0.5")
         elif fault in ("401", "404", "500", "503"):
             self.reply(int(fault), b"{}")
+        elif server.only and "max_tokens" in request:
+            self.reply(400, server.only)
+        elif fault == "temperature":
+            self.reply(400, b'{"error": {"message": "temperature: only the default (1) is supported"}}')
         elif fault == "cut":
             self.close_connection = True
             self.send_response(200)
@@ -90,8 +96,8 @@ class Handler(BaseHTTPRequestHandler):
         else:
             if fault == "slow":
                 time.sleep(2.0)
-            content = server.answer(request["messages"][1]["content"])
-            message = {"choices": [{"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": content}}],
+            content = None if fault == "null" else server.answer(request["messages"][1]["content"])
+            message = {"choices": [{"index": 0, "finish_reason": "length" if fault == "null" else "stop", "message": {"role": "assistant", "content": content}}],
                        "id": "x", "created": 0, "model": request["model"], "system_fingerprint": "", "usage": {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2}}  # fmt: skip
             self.reply(200, json.dumps(message).encode(), Content_Type="application/json")
 
@@ -142,6 +148,35 @@ def test_a_fault_that_stays_ends_in_one_sentence_and_loses_nothing(api, monkeypa
     assert len(server.times) - before == 2  # only the third question's two samples
 
 
+def test_a_reply_without_text_is_a_sample_without_an_answer_said_once_and_not_asked_again(api, capsys):
+    server = Server(("null", "null"))
+    samples = api(server, api_concurrency=1)
+    assert len(server.times) == 6
+    assert [sample.answer for own in samples.values() for sample in own].count(None) == 2
+    out = capsys.readouterr().out
+    assert out.count("--max-tokens") == 1 and "2 replies had no text (finish_reason length)" in out
+    api(server)
+    assert len(server.times) == 6
+
+
+def test_a_server_that_takes_max_completion_tokens_only_is_served(api):
+    server = Server()
+    server.only = b'{"error": {"message": "Unsupported parameter: max_tokens. Use max_completion_tokens instead."}}'
+    assert len(api(server, max_tokens=99)) == 3
+    assert server.bodies[-1]["max_completion_tokens"] == 99 and "max_tokens" not in server.bodies[-1]
+
+
+def test_a_refusal_shows_the_servers_own_words(api):
+    with pytest.raises(UserError, match="status 400.*only the default"):
+        api(Server(("temperature",) * 20))
+
+
+def test_a_server_on_this_machine_is_reached_with_the_hub_offline(api, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert len(api(Server())) == 3
+
+
 def test_a_second_run_asks_nothing_and_another_temperature_asks_again(api, tmp_path):
     server = Server()
     api(server)
@@ -166,10 +201,10 @@ CHILD = f"""
 import sys
 sys.path.insert(0, {str(ROOT)!r})
 from pathlib import Path
-import data
-from tests.helpers import make_options
+import data, qcrd
 data.CACHE = Path(sys.argv[1])
-data.collect(data.TASKS["toy"], data.toy_splits()["train"][:40], ["api:model"], make_options(api_base=sys.argv[2], k=5))
+options = qcrd.Options(api_base=sys.argv[2], k=5)
+data.collect(data.TASKS["toy"], data.toy_splits()["train"][:40], ["api:model"], options)
 """
 
 
@@ -244,7 +279,6 @@ def save_causal(folder: Path, chat: bool) -> None:
 @pytest.mark.parametrize("kind", ["chat", "plain", "seq2seq"])
 def test_a_local_model_is_sampled_in_batches(tmp_path, monkeypatch, kind):
     monkeypatch.setattr(data, "CACHE", tmp_path / "cache")
-    monkeypatch.setattr(data, "MAX_TOKENS", 8)
     folder = tmp_path / "model"
     if kind == "seq2seq":
         config = T5Config(
@@ -260,7 +294,7 @@ def test_a_local_model_is_sampled_in_batches(tmp_path, monkeypatch, kind):
         tokenizer().save_pretrained(folder)
     else:
         save_causal(folder, chat=kind == "chat")
-    options = make_options(k=3)
+    options = make_options(k=3, max_tokens=8)
     examples = data.toy_splits()["train"][:7]
     cache, chat = Cache(tmp_path / "samples.jsonl"), functools.partial(data.ask, TASKS["toy"])
     outputs = data.sampled(cache, examples, 3, str(folder), chat, options)
@@ -319,7 +353,6 @@ class Files(BaseHTTPRequestHandler):
 @pytest.mark.parametrize("faults", [[], ["cut"], ["stall"], ["length"], ["cut", "cut"]])
 def test_the_download_is_whole_or_not_there(tmp_path, monkeypatch, faults):
     monkeypatch.setattr(data, "CACHE", tmp_path)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DOWNLOAD_TIMEOUT", 1)
     release = tmp_path / "made.zip"
     with data.zipfile.ZipFile(release, "w") as z:
         z.writestr("datasets/svamp/svamp_train.json", random.Random(0).randbytes(200_000))
@@ -348,8 +381,51 @@ def test_a_wrong_download_is_one_sentence(tmp_path, monkeypatch, fault):
     assert not list(tmp_path.glob("*/datasets.zip*.zip"))
 
 
-def test_a_model_without_chat_template_gets_worked_examples_of_the_papers_format_only_where_it_is_asked_for():
-    system, user = (m["content"] for m in data.ask(TASKS["toy"], data.Example("q", "Anna had 2 books.", "2")))
-    asked = data.as_text(system, user)
-    assert "Nina had 3 plums" in asked and asked.endswith("Anna had 2 books.\n<Explanation>:")
+@pytest.mark.parametrize("name", ["svamp", "cqa", "anli", "esnli"])
+def test_a_model_without_chat_template_gets_three_worked_examples_of_its_own_task(name):
+    task = TASKS[name]
+    choices = {"cqa": ("yes", "no"), "anli": data.NLI, "esnli": data.NLI}.get(name, ())
+    system, user = (m["content"] for m in data.ask(task, data.Example("q", "Anna had 2 books.", "2", choices)))
+    text = data.as_text(system, user)
+    shots = text[len(system) : text.index("Anna had")]
+    assert shots.count("<Answer>:") == 3 and text.endswith("\n<Explanation>:")
+    assert ("Answer Choices" in shots) == bool(choices) and ("Hypothesis" in shots) == (choices == data.NLI)
+    for shot in re.findall(r"Question:.*?<Answer>.*?\n", shots, re.DOTALL):
+        example = data.Example("s", "?", "", tuple(re.findall(r"^\([a-z]\) (\w.*)$", shot, re.MULTILINE)))
+        rationale, answer = data.parse_output(task, example, shot[shot.index("<Explanation>") :])
+        assert rationale and task.key(answer) is not None
+
+
+def test_worked_examples_come_only_where_the_papers_format_is_asked_for():
     assert data.as_text("Which is better, A or B?", "A: x. B: y.") == "Which is better, A or B?\n\nA: x. B: y.\nReply:"
+
+
+def test_a_base_model_stops_where_it_begins_the_next_question(tmp_path):
+    save_causal(tmp_path, chat=False)
+    seen = {}
+    generate = GPT2LMHeadModel.generate
+
+    def spy(self, **how):
+        seen.update(how)
+        return generate(self, **how)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(GPT2LMHeadModel, "generate", spy)
+        requests = [(e, 0) for e in data.toy_splits()["train"][:2]]
+        list(data.ask_model(requests, functools.partial(data.ask, TASKS["toy"]), str(tmp_path), make_options(max_tokens=4)))  # fmt: skip
+    assert "\nQuestion:" in seen["stop_strings"]
+
+
+def test_a_template_without_a_system_role_gets_the_system_text_in_front_of_the_users(tmp_path):
+    save_causal(tmp_path, chat=True)
+    words = data.transformers.AutoTokenizer.from_pretrained(tmp_path)
+    chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why?"}]
+    assert data.as_chat(words, chat) == "system: Be brief.\nuser: Why?\nassistant:"
+    for template in (
+        "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}",
+        "{% set messages = messages | rejectattr('role', 'equalto', 'system') | list %}",
+    ):
+        words.chat_template = template + "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
+        assert data.as_chat(words, chat) == "user: Be brief.\n\nWhy?\nassistant:"
+    words.chat_template = "{{ 'off' if enable_thinking is defined and not enable_thinking else 'on' }} {{ messages[0].content }}"  # fmt: skip
+    assert data.as_chat(words, chat) == "off Be brief."
