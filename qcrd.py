@@ -1030,7 +1030,7 @@ def prepare(options: Options) -> tuple[Task, dict[str, list[Example]], list[Ques
 
 
 def tell_cuts(models: Models, questions: list[Question]) -> None:
-    """Say how many of the first thousand questions' texts are too long."""
+    """Say how many of the first thousand questions' texts are too long, or labels that the student cannot write."""
     for flag, texts in (
         ("max_input", [q.example.input for q in questions[:1000]]),
         ("max_target", [text for q in questions[:1000] for text in (q.label, *q.positives)]),
@@ -1038,6 +1038,13 @@ def tell_cuts(models: Models, questions: list[Question]) -> None:
         cut = sum(length > getattr(models.options, flag) for length in models.lengths(texts))
         if cut:
             print(f"{cut} of {len(texts)} texts are longer than --{flag.replace('_', '-')} and are cut.")
+    labels = [q.label for q in questions[:1000]]
+    read = models.tokenizer.batch_decode(models.tokenizer(labels).input_ids, skip_special_tokens=True)
+    lost = [a for a, b in zip(labels, read, strict=True) if a.split() != b.split() or "\n" in a.strip()]
+    if lost:
+        print(
+            f"{len(lost)} of {len(labels)} labels cannot be written by this student's tokenizer, such as {lost[0]!r}."
+        )
 
 
 def finish(models: Models, task: Task, splits: dict[str, list[Example]], run: Path) -> dict[str, float]:
