@@ -796,7 +796,7 @@ def judge_check(models: Models, questions: list[Question]) -> dict[str, float]:
 COLUMNS = {
     "round": "round", "L_pred": "L_pred", "L_positive": "L_pos", "L_negative": "L_neg", "L_judge": "L_D",
     "D pos": "s_pos", "D teacher neg": "s_neg", "D student neg": "s_own", "D auc": "AUC",
-    "no positive": "no pos", "no negative": "no neg", "examples/s": "quest/s", "drawing share": "drawing",
+    "no positive": "no pos", "no negative": "no neg", "examples/s": "q/s", "drawing share": "drawn",
 }  # fmt: skip
 
 
@@ -805,7 +805,7 @@ def table_row(row: dict[str, Any], header: bool) -> str:
     cells = []
     for name in COLUMNS:
         value = row.get(name, "-")
-        cells.append(f"{value:7.3g}" if isinstance(value, float) else f"{value:>7}")
+        cells.append(f"{value:7.{0 if value >= 100 else 3}f}" if isinstance(value, float) else f"{value:>7}")
     names = "".join(f"{name:>7}" for name in COLUMNS.values())
     return (names + "\n" if header else "") + "".join(cells)
 

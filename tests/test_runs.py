@@ -341,6 +341,14 @@ def test_a_round_is_a_pass_but_five_hundred_steps_at_most(monkeypatch):
     assert qcrd.parse_options(["--student", "t5-small"]).rounds == 20
 
 
+def test_a_rounds_figures_are_a_row_of_a_table_under_the_papers_symbols():
+    row = {"round": 9, "L_pred": 1.63, "L_negative": -0.00168, "D auc": 0.689, "no positive": 0, "examples/s": 1234.5}
+    head, line = qcrd.table_row(row, header=True).split("\n")
+    assert head.split()[:4] == ["round", "L_pred", "L_pos", "L_neg"] and len(head) == len(line) <= 100
+    assert line.split() == ["9", "1.630", "-", "-0.002", "-", "-", "-", "-", "0.689", "0", "-", "1234", "-"]
+    assert qcrd.table_row(row, header=False) == line
+
+
 def test_labels_that_the_tokenizer_cannot_write_are_counted_and_said_once(capsys):
     models = small_models(make_options())
     labels = ["( ( 7 + 5 ) - 2 )", "{x}", "7 +\n5", "12"]
