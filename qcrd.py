@@ -785,7 +785,7 @@ def round_means(seen: list[Figures]) -> dict[str, float]:
     for figures in seen:
         for name, value in figures.items():
             values[name].append(value)
-    return {k: sum(own) / (1 if k.startswith("no ") else len(own)) for k, own in values.items()}
+    return {k: sum(own) if k.startswith("no ") else sum(own) / len(own) for k, own in values.items()}
 
 
 def judge_check(models: Models, questions: list[Question]) -> dict[str, float]:
