@@ -207,6 +207,12 @@ def open_run(folder: str, options: Options) -> qcrd.Models:
     return models
 
 
+def scores_of(models: qcrd.Models, questions: Sequence[qcrd.Question], texts: Sequence[str]) -> torch.Tensor:
+    """D(x, r), (N, 1), of one rationale a question, without gradients and dropout."""
+    with models.constant(), models.autocast():
+        return models.score(questions, [[text] for text in texts], torch.ones(len(texts), 1, dtype=torch.bool))
+
+
 def distinct_2(texts: Sequence[str]) -> float:
     """Distinct word pairs over all word pairs of the texts."""
     pairs = Counter(pair for text in texts for pair in zip(text.split(), text.split()[1:]))
@@ -224,9 +230,7 @@ def score(folder: str, options: Options) -> dict[str, float]:
         result["distinct-2"] = distinct_2(texts)
     if texts and models.judge is not None:
         questions = [qcrd.Question(example, example.label, [], []) for example in splits["test"]]
-        with models.constant(), models.autocast():
-            every = torch.ones(len(texts), 1, dtype=torch.bool)
-            result["mean D score"] = models.score(questions, [[text] for text in texts], every).mean().item()
+        result["mean D score"] = scores_of(models, questions, texts).mean().item()
     qcrd.write_jsonl(Path(folder) / "predictions.jsonl", rows)
     print(f"{folder}: " + ", ".join(f"{key} {value:.3f}" for key, value in result.items()))
     return result
@@ -277,9 +281,7 @@ def plot_run(folder: str, options: Options) -> None:
     lines = {}
     for name, pairs in groups.items():
         if pairs:
-            every = torch.ones(len(pairs), 1, dtype=torch.bool)
-            with models.constant(), models.autocast():
-                scores = models.score([q for q, _ in pairs], [[text] for _, text in pairs], every).cpu().numpy()
+            scores = scores_of(models, *zip(*pairs)).cpu().numpy()
             lines[f"{name} ({len(pairs)})"] = (edges[:-1] + 0.02, np.histogram(scores, edges, density=True)[0])
     title = "Discriminator's scores on held-out training questions"
     draw(Path(folder) / "scores.png", title, "score D(x, r)", "density", lines)

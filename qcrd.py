@@ -393,9 +393,8 @@ def student_losses(models: "Models", batch: Batch) -> tuple[Tensor, Tensor, Tens
         figures |= {"L_positive": pos.mean().item(), "L_negative": neg.mean().item()}
         figures["no positive"] = (batch.kind != POSITIVE).all(1).sum().item()
         figures["no negative"] = (batch.kind <= POSITIVE).all(1).sum().item()
-    if options.mi_weight:
-        rows = [i for i, q in enumerate(questions) if q.positives]
-    if options.mi_weight and rows:
+    rows = [i for i, q in enumerate(questions) if q.positives and options.mi_weight]
+    if rows:
         pred = models.likeliest((states, mask), rows, [questions[i].label for i in rows])
         expl = models.likeliest((states, mask), [n + i for i in rows], [questions[i].positives[0] for i in rows])
         L_mi = mutual_information_loss(pred, expl).sum() / n
@@ -437,13 +436,12 @@ def train_step(
         with models.autocast():
             L_pred, L_cl, L_mi, figures = student_losses(models, part)
         student_total = options.alpha1 * L_pred + options.alpha2 * L_cl + options.mi_weight * L_mi
-        if not torch.isfinite(student_total):
-            at = f"step {step} ({', '.join(q.example.id for q in part.questions[:5])})"
-            raise UserError(f"the loss is {student_total.item()} at {at}: lower --lr or use --precision fp32.")
+        check_finite(student_total, step, part.questions)
         (share * student_total).backward()
         if terms:
             with models.autocast():
                 L_D, judge_figures = discriminator_loss(models, part, terms * share)
+            check_finite(L_D, step, part.questions)
             (share * options.alpha3 * ALPHA3_DECAY**round_ * L_D).backward()
             figures |= judge_figures
         seen.append(figures)
@@ -453,6 +451,13 @@ def train_step(
         torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0)
         optimizer.step()
     return seen
+
+
+def check_finite(loss: Tensor, step: int, questions: list[Question]) -> None:
+    """UserError, with the step and its first questions, for a loss that training cannot go on from."""
+    if not torch.isfinite(loss):
+        at = f"step {step} ({', '.join(q.example.id for q in questions[:5])})"
+        raise UserError(f"the loss is {loss.item()} at {at}: lower --lr or use --precision fp32.")
 
 
 def judged_rows(questions: list[Question], options: Options, step: int) -> set[int]:
@@ -600,7 +605,8 @@ def train(models: "Models", questions: list[Question], run: Path) -> list[dict[s
                 bar.update()
             seconds = time.monotonic() - began
             speed = {"examples/s": sum(map(len, batches)) / seconds, "drawing share": drawing / seconds}
-            rounds.append({"round": round_} | round_means(seen) | judge_check(models, questions) | speed)
+            means = round_means(seen)
+            rounds.append({"round": round_} | means | judge_check(models, questions, means) | speed)
             tqdm.write(table_row(rounds[-1], header=bar.n == done + options.round_steps))
             write_jsonl(run / "metrics.jsonl", rounds)
             save_checkpoint(run, models, optimizers, rounds)
@@ -788,9 +794,14 @@ def round_means(seen: list[Figures]) -> dict[str, float]:
     return {k: sum(own) if k.startswith("no ") else sum(own) / len(own) for k, own in values.items()}
 
 
-def judge_check(models: Models, questions: list[Question]) -> dict[str, float]:
-    """D's AUC on held-out questions; nothing without D."""
-    return {} if models.judge is None else {"D auc": judge_auc(models, questions)}
+def judge_check(models: Models, questions: list[Question], means: dict[str, float]) -> dict[str, float]:
+    """D's AUC on held-out questions, and a warning where D is of no use; nothing without D."""
+    if models.judge is None:
+        return {}
+    auc = judge_auc(models, questions)
+    if auc < 0.55 or max(means.get("D pos", 1), means.get("D teacher neg", 1)) < 0.05:
+        tqdm.write("warning: the discriminator is near chance, or its scores have collapsed: lower --judge-lr.")
+    return {"D auc": auc}
 
 
 COLUMNS = {

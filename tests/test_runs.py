@@ -224,6 +224,23 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_step_and_the_questions():
         qcrd.train_step(models, qcrd.make_optimizers(models), [question], {}, 0, 5)
 
 
+@pytest.mark.parametrize(("auc", "pos", "warns"), [(0.5, 0.7, True), (0.7, 0.01, True), (0.7, 0.7, False)])
+def test_a_discriminator_of_no_use_is_told(monkeypatch, capsys, auc, pos, warns):
+    monkeypatch.setattr(qcrd, "judge_auc", lambda *_: auc)
+    means = {"D pos": pos, "D teacher neg": pos}
+    assert qcrd.judge_check(small_models(make_options()), [], means) == {"D auc": auc}
+    assert ("--judge-lr" in capsys.readouterr().out) == warns
+
+
+def test_a_discriminators_loss_that_is_not_finite_stops_too(monkeypatch):
+    models = small_models(make_options())
+    story = data.random_story(random.Random(0), 2)
+    question = qcrd.Question(data.Example("toy-7", story.input(), "1", story=story), "1", ["one"], ["two"])
+    monkeypatch.setattr(qcrd, "discriminator_loss", lambda *_: (torch.tensor(torch.nan), {}))
+    with pytest.raises(UserError, match=r"step 4 .*toy-7"):
+        qcrd.train_step(models, qcrd.make_optimizers(models), [question], {}, 0, 4)
+
+
 @pytest.mark.parametrize(
     "more",
     [
