@@ -424,8 +424,7 @@ def train_step(
     with models.autocast():
         whole = weigh(models, questions, drawn, judged)
     terms = judge_terms(whole.judged, options.judge_loss)
-    for optimizer in optimizers:
-        optimizer.zero_grad()
+    models.parts.zero_grad()
     seen: list[Figures] = []
     size = math.ceil(len(questions) / options.grad_accum)
     for first in range(0, len(questions), size):
@@ -447,10 +446,15 @@ def train_step(
         seen.append(figures)
     optimizers[0].param_groups[0]["lr"] = learning_rate(options, step)
     for optimizer in optimizers if judged else optimizers[:1]:
-        # clipped apart, so that neither steers the other's step
-        torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0)
-        optimizer.step()
+        update(optimizer)
     return seen
+
+
+def update(optimizer: torch.optim.Optimizer) -> None:
+    """One step on the gradients that have gathered, clipped at norm 1: student and D apart, so that neither steers
+    the other's step."""
+    torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0)
+    optimizer.step()
 
 
 def check_finite(loss: Tensor, step: int, questions: list[Question]) -> None:
@@ -543,18 +547,15 @@ def pretrain_judge(models: "Models", questions: list[Question], optimizer: torch
         batch = rng.sample(known, min(judge_batch(options), len(known)))
         texts, kinds = [], []
         for q in batch:
-            negatives = list(q.negatives)
-            while len(negatives) < len(q.positives):
-                negatives.append(corrupt(rng, rng.choice(q.positives), words))
-            texts.append(q.positives + negatives)
-            kinds.append([POSITIVE] * len(q.positives) + [TEACHERS] * len(negatives))
+            made = [corrupt(rng, rng.choice(q.positives), words) for _ in q.positives[len(q.negatives) :]]
+            texts.append(q.positives + q.negatives + made)
+            kinds.append([POSITIVE] * len(q.positives) + [TEACHERS] * (len(q.negatives) + len(made)))
         kind = lay_out(kinds).to(models.device)
         with models.autocast():
             score = models.score(batch, texts, kind > 0)
-        optimizer.zero_grad()
+        models.parts.zero_grad()
         judge_loss(score, kind, options.judge_loss).backward()
-        torch.nn.utils.clip_grad_norm_(models.judge.parameters(), 1.0)
-        optimizer.step()
+        update(optimizer)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -740,12 +741,10 @@ def load_models(options: Options) -> Models:
     """The student named by --student and a discriminator started from its encoder; UserError if unusable."""
     path = str(data.tiny_student()) if options.student == "tiny" else options.student
     attention = "eager" if options.student == "tiny" else None  # 4% faster for matrices so small
-    said, how = f"--student {options.student}", {"trust_remote_code": False}
+    said, how = f"--student {options.student}", {"trust_remote_code": False, "attn_implementation": attention}
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(path, **how)
-        student: Any = AutoModelForSeq2SeqLM.from_pretrained(
-            path, dtype=torch.float32, attn_implementation=attention, **how
-        )
+        tokenizer: Any = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        student: Any = AutoModelForSeq2SeqLM.from_pretrained(path, dtype=torch.float32, **how)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{said} is not a seq2seq model with its tokenizer: {first_line(error)}")
     device = options.device if options.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
@@ -757,16 +756,11 @@ def load_models(options: Options) -> Models:
         tokenizer.add_eos_token = True  # T5Gemma's: without an end in its labels a student never learns to stop
     ids = tokenizer("predict: explain:").input_ids
     longest = getattr(student.config, "max_position_embeddings", None) or options.max_input
-    problems = {
-        "has a tokenizer that knows no English: add its tokenizer files": tokenizer.unk_token_id in ids,
-        "has a tokenizer without an end token: add its tokenizer files": ids[-1] != tokenizer.eos_token_id,
-        "has more tokens than weights: add the tokenizer files of this model": len(tokenizer)
-        > student.get_input_embeddings().weight.shape[0],
-        f"reads {longest} tokens at most: add --max-input {longest}": longest < options.max_input,
-    }
-    for problem, there in problems.items():
-        if there:
-            raise UserError(f"{said} {problem}.")
+    rows = student.get_input_embeddings().weight.shape[0]
+    if tokenizer.unk_token_id in ids or ids[-1] != tokenizer.eos_token_id or len(tokenizer) > rows:
+        raise UserError(f"{said} came without a tokenizer that fits it: add its own tokenizer files.")
+    if longest < options.max_input:
+        raise UserError(f"{said} reads {longest} tokens at most: add --max-input {longest}.")
     # a student writes greedily or as --student-temperature says, not with the beams, penalties, least lengths and
     # forced tokens of the generation config that it came with
     kept = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
@@ -920,6 +914,11 @@ def load_checkpoint(run: Path, models: Models, optimizers: list[torch.optim.Opti
     return state["rounds"]
 
 
+def flag(name: str) -> str:
+    """An option as it is typed."""
+    return "--" + name.replace("_", "-")
+
+
 def write_atomically(path: Path, text: str) -> None:
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text, encoding="utf-8")
@@ -943,11 +942,9 @@ def open_run(options: Options) -> Path:
             shutil.rmtree(run)
         if config.exists():
             there = json.loads(config.read_text(encoding="utf-8"))
-            other = [f"--{k.replace('_', '-')} {there.get(k)}" for k in wanted if wanted[k] != there.get(k)]
+            other = ", ".join(f"{flag(k)} {there.get(k)}" for k in wanted if wanted[k] != there.get(k))
             if other:
-                raise UserError(
-                    f"{run} holds a run with other options ({', '.join(other)}): use --out, or --overwrite."
-                )
+                raise UserError(f"{run} holds a run with other options ({other}): use --out, or --overwrite.")
         (run / "negatives").mkdir(parents=True, exist_ok=True)
         write_atomically(config, json.dumps(wanted, indent=2) + "\n")
     except (OSError, ValueError) as error:
@@ -966,7 +963,7 @@ def check_options(options: Options) -> None:
     for name, value in asdict(options).items():
         if type(value) in (int, float) and not (0 < value < math.inf or value == 0 and name in MAY_BE_0):
             least = "at least" if name in MAY_BE_0 else "above"
-            raise UserError(f"--{name.replace('_', '-')} is {value}: it must be a finite number, {least} 0.")
+            raise UserError(f"{flag(name)} is {value}: it must be a finite number, {least} 0.")
     if options.negatives == "fixed" and not Path(options.fixed_student or "?", "student").is_dir():
         raise UserError("--negatives fixed needs --fixed-student: the run directory of a finished --method dss run.")
     if options.toy_errors > 1:
@@ -1007,24 +1004,26 @@ def parse_options(argv: Sequence[str] | None = None) -> Options:
 
 
 def report(task: Task, examples: list[Example], samples: dict[str, list[Sample]], questions: list[Question]) -> None:
-    """Print what the vote did, and how good each teacher is."""
-    n, voted, teachers = len(examples), [], defaultdict(list)
+    """Print what the vote did, and how often it and each teacher are right."""
+    right: dict[str, list[bool | None]] = defaultdict(list)  # by teacher, a sample each; None where there is no answer
     for example in examples:
         own = samples.get(example.id, [])
         answers = [task.key(sample.answer) for sample in own]
-        voted.append((self_consistency(answers)[0], task.key(example.label)))
-        for sample, answer in zip(own, answers, strict=True):
-            teachers[sample.teacher].append((answer, task.key(example.label)))
-    sizes = {
-        "samples": sum(map(len, samples.values())),
-        "positives": sum(len(q.positives) for q in questions),
-        "negatives": sum(len(q.negatives) for q in questions),
-    }
-    print(f"{n} questions, on average with", ", ".join(f"{size / n:.2f} {name}" for name, size in sizes.items()))
-    for name, pairs in {"voted answer": voted, **teachers}.items():
-        parsed = [answer == label for answer, label in pairs if answer is not None]
-        share = sum(parsed) / max(1, len(parsed))
-        print(f"{name}: {share:.1%} of {len(parsed)} right, {len(pairs) - len(parsed)} without an answer")
+        voted = self_consistency(answers)[0]
+        for name, answer in zip(["voted answer", *(sample.teacher for sample in own)], [voted, *answers], strict=True):
+            right[name].append(None if answer is None else answer == task.key(example.label))
+    n = len(questions)
+    samples_each = sum(map(len, samples.values())) / len(examples)
+    positives = sum(len(q.positives) for q in questions) / n
+    negatives = sum(len(q.negatives) for q in questions) / n
+    print(
+        f"{n} questions, on average with {samples_each:.2f} samples, "
+        f"{positives:.2f} positives, {negatives:.2f} negatives"
+    )
+    for name, answered in right.items():
+        none = answered.count(None)
+        parsed = len(answered) - none
+        print(f"{name}: {answered.count(True) / max(1, parsed):.1%} of {parsed} right, {none} without an answer")
 
 
 def prepare(options: Options) -> tuple[Task, dict[str, list[Example]], list[Question]]:
@@ -1042,20 +1041,18 @@ def prepare(options: Options) -> tuple[Task, dict[str, list[Example]], list[Ques
 
 def tell_cuts(models: Models, questions: list[Question]) -> None:
     """Say how many of the first thousand questions' texts are too long, or labels that the student cannot write."""
-    for flag, texts in (
-        ("max_input", [q.example.input for q in questions[:1000]]),
-        ("max_target", [text for q in questions[:1000] for text in (q.label, *q.positives)]),
-    ):
-        cut = sum(length > getattr(models.options, flag) for length in models.lengths(texts))
+    first = questions[:1000]
+    labels = [q.label for q in first]
+    texts = {"max_input": [q.example.input for q in first]}
+    texts["max_target"] = [text for q in first for text in (q.label, *q.positives)]
+    for name, own in texts.items():
+        cut = sum(length > getattr(models.options, name) for length in models.lengths(own))
         if cut:
-            print(f"{cut} of {len(texts)} texts are longer than --{flag.replace('_', '-')} and are cut.")
-    labels = [q.label for q in questions[:1000]]
+            print(f"{cut} of {len(own)} texts are longer than {flag(name)} and are cut.")
     read = models.tokenizer.batch_decode(models.tokenizer(labels).input_ids, skip_special_tokens=True)
     lost = [a for a, b in zip(labels, read, strict=True) if a.split() != b.split() or "\n" in a.strip()]
     if lost:
-        print(
-            f"{len(lost)} of {len(labels)} labels cannot be written by this student's tokenizer, such as {lost[0]!r}."
-        )
+        print(f"{len(lost)} of {len(labels)} labels cannot be written by this student, such as {lost[0]!r}.")
 
 
 def finish(models: Models, task: Task, splits: dict[str, list[Example]], run: Path) -> dict[str, float]:

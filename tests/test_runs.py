@@ -371,7 +371,7 @@ def test_labels_that_the_tokenizer_cannot_write_are_counted_and_said_once(capsys
     labels = ["( ( 7 + 5 ) - 2 )", "{x}", "7 +\n5", "12"]
     qcrd.tell_cuts(models, [qcrd.Question(data.Example(t, "x", t), t, [], []) for t in labels])
     out = capsys.readouterr().out
-    assert out == "2 of 4 labels cannot be written by this student's tokenizer, such as '{x}'.\n"
+    assert out == "2 of 4 labels cannot be written by this student, such as '{x}'.\n"
 
 
 def test_a_label_may_be_as_long_as_the_longest_training_label():
