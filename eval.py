@@ -1,6 +1,7 @@
 """Score runs, rerun the paper's tables, draw its pictures, and let a judge compare rationales.
 
 python eval.py --runs runs/toy-tiny-qcrd-s0                   # score a run, or any Hugging Face folder
+python eval.py --runs runs/toy-tiny-qcrd-s0 --show 3          # three questions' way through the method, with numbers
 python eval.py --study ablation --seeds 5                     # a table of the paper: runs what is missing
 python eval.py --runs runs/toy-tiny-qcrd-s0 --plot            # training curves and density of D's scores
 python eval.py --runs runs/A runs/B --judge api:MODEL         # whose rationales are better?
@@ -15,10 +16,11 @@ import re
 import shlex
 import subprocess
 import sys
+import textwrap
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +40,12 @@ class Options:
     task: str = qcrd.option("toy", "as in qcrd.py; a run directory knows its own")
     data: str = qcrd.option(data.DSS_ZIP, "as in qcrd.py")
     student: str = qcrd.option("tiny", "of a study, as in qcrd.py")
-    study: str = qcrd.option("", "methods, ablation, schemes, negatives, judge, labels or size")
+    show: str = qcrd.option("", "how many training questions to follow through the method, or the id of one")
+    study: list[str] = field(default_factory=list, metadata={"help": "one or several: methods, ablation, quality, noise, schemes, negatives, judge, labels, size"})  # fmt: skip
     seeds: int = qcrd.option(5, "seeds of a study: 0, 1, ...")
     jobs: int = qcrd.option(2, "runs of a study side by side")
     options: str = qcrd.option("", 'further options for each run of a study, such as "--rounds 10"')
-    plot: bool = qcrd.option(False, "draw each run's training curves and D's scores, or a study's sizes")
+    plot: bool = qcrd.option(False, "draw each run's training curves and D's scores, or the studies")
     judge: str = qcrd.option("", "a chat model or api:MODEL that compares the rationales of two --runs")
     pairs: int = qcrd.option(50, "rationales to compare")
     api_base: str | None = qcrd.option(None, "as in qcrd.py")
@@ -62,6 +65,11 @@ STUDIES: dict[str, dict[str, str]] = {
         "+ several denoised positives (ED)": "--negatives none --judge none",
         "+ negatives (NK)": "--judge none",
         "+ quality judge (QJ): qcrd": "",
+    },
+    "quality": {"relative: qcrd": "", "printed, eq. 6": "--quality printed"},
+    "noise": {
+        f"{m}, {e:.0%}": f"{o} --toy-errors {e}".strip() if e != 0.4 else o
+        for e in (0, 0.4, 0.6) for m, o in (("dss", "--method dss"), ("ED", "--negatives none --judge none"), ("qcrd", ""))
     },
     "schemes": {"minmax": "", **{name: f"--scheme {name}" for name in ("maxmin", "sampling", "mean", "wmean")}},
     "negatives": {
@@ -99,15 +107,20 @@ PAPER: dict[tuple[str, str], list[tuple[float | None, ...]]] = {
 T_975 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14, 2.13)
 
 
+def baseline_of(row: str) -> str:
+    """The dss run that a row is compared with: on the same questions, samples and labels."""
+    return " ".join(["--method dss", *re.findall(r"--(?:labels|toy-errors|train-size) \S+", row)])
+
+
 def run_path(options: Options, row: str, seed: int) -> Path:
     """Where a run of a study lives: named by its options, so that studies share the runs they have in common."""
     words = re.sub(r"[^\w.]+", "-", f"{options.student} {options.options} {row}".replace("--", "")).strip("-")
     return Path("runs") / "studies" / Path(options.task).stem / f"{words}-s{seed}"
 
 
-def run_missing(options: Options, rows: dict[str, str]) -> None:
+def run_missing(options: Options, rows: list[str]) -> None:
     """Train every row and seed that has no result yet, `jobs` at a time, each on its share of the cores."""
-    missing = [(row, seed) for row in set(rows.values()) for seed in range(options.seeds)]
+    missing = [(row, seed) for row in rows for seed in range(options.seeds)]
     missing = [(row, seed) for row, seed in missing if not (run_path(options, row, seed) / "result.json").exists()]
     missing.sort(key=lambda run: (run[1], run[0]))
     threads = str(max(1, (os.cpu_count() or 1) // options.jobs))
@@ -127,7 +140,7 @@ def run_missing(options: Options, rows: dict[str, str]) -> None:
 
     pool = ThreadPoolExecutor(options.jobs)
     try:
-        with tqdm(total=len(missing), desc=f"study {options.study}", unit="run") as bar:
+        with tqdm(total=len(missing), desc="studies", unit="run") as bar:
             # what needs the dss run of its seed waits until all dss runs are there
             for wave in ([run for run in missing if "DSS" not in run[0]], [run for run in missing if "DSS" in run[0]]):
                 for future in as_completed([pool.submit(one, row, seed) for row, seed in wave]):
@@ -148,44 +161,62 @@ def summary(values: Sequence[float]) -> tuple[float, float]:
     return float(points.mean()), float(points.std(ddof=1) / math.sqrt(len(points))) if len(points) > 1 else math.nan
 
 
-def paired_difference(ours: list[dict[str, float]], theirs: list[dict[str, float]], key: str) -> str:
-    """The mean over seeds of ours - theirs in points, and its 95% interval by Student's t."""
+def paired_difference(ours: list[dict[str, float]], theirs: list[dict[str, float]], key: str) -> tuple[float, float]:
+    """The mean over seeds of ours - theirs in points, and half of its 95% interval by Student's t."""
     gain, error = summary([a[key] - b[key] for a, b in zip(ours, theirs, strict=True)])
     n = len(ours)
-    half = error * (T_975[n - 2] if 2 <= n <= len(T_975) + 1 else 1.96)
-    return f"{gain:+.1f} [{gain - half:+.1f}, {gain + half:+.1f}]"
+    return gain, error * (T_975[n - 2] if 2 <= n <= len(T_975) + 1 else 1.96)
 
 
-def study(options: Options) -> list[dict[str, Any]]:
-    """Run a study; print its table and write it to runs/studies/ as Markdown and CSV."""
-    rows = STUDIES[options.study]
-    baseline = "--method dss --labels teacher" if options.study == "labels" else "--method dss"
-    run_missing(options, rows | {"": baseline})
-    results = {row: results_of(options, row) for row in {*rows.values(), baseline}}
-    figures = dict(zip(rows, PAPER.get((options.study, options.student), [()] * len(rows)), strict=True))
+def differences(options: Options, row: str) -> dict[str, tuple[float, float]]:
+    """By "accuracy" and "validity", as far as both have it: the paired difference of a row to its dss."""
+    ours, theirs = results_of(options, row), results_of(options, baseline_of(row))
+    both = [key for key in ("accuracy", "validity") if key in ours[0] and key in theirs[0] and row != baseline_of(row)]
+    return {key: paired_difference(ours, theirs, key) for key in both}
+
+
+def study(options: Options, name: str) -> list[dict[str, Any]]:
+    """Print the table of a study whose runs are there, and write it to runs/studies/ as Markdown and CSV."""
+    rows = STUDIES[name]
+    figures = PAPER.get((name, options.student), [()] * len(rows))
     table = []
-    for name, row in rows.items():
-        line: dict[str, Any] = {options.study: name}
-        for key in [key for key in ("accuracy", "validity") if key in results[row][0]]:
-            line[key] = "{:.1f} ± {:.1f}".format(*summary([r[key] for r in results[row]]))
-            if row != baseline and key in results[baseline][0]:
-                line[f"{key} - dss, 95%"] = paired_difference(results[row], results[baseline], key)
-        paper = dict(zip(PAPER_TASKS, figures[name])).get(options.task)
-        if paper is not None:
-            line["paper"] = paper
+    for (label, row), paper in zip(rows.items(), figures, strict=True):
+        results, compared = results_of(options, row), differences(options, row)
+        line: dict[str, Any] = {name: label}
+        for key in ("accuracy", "validity", "D auc"):
+            if key in results[0]:
+                line[key] = "{:.1f} ± {:.1f}".format(*summary([r[key] for r in results]))
+        for key in ("accuracy", "validity"):
+            gain, half = compared.get(key, (math.nan, math.nan))
+            line[f"{key} - dss, 95%"] = (
+                f"{gain:+.1f} [{gain - half:+.1f}, {gain + half:+.1f}]" if key in compared else ""
+            )
+        line["paper"] = dict(zip(PAPER_TASKS, paper)).get(options.task)
         table.append(line)
-    name = f"{options.study}-{Path(options.task).stem}-{Path(options.student).name}"
-    write_table(table, Path("runs") / "studies" / name)
+    write_table(table, study_path(options, name))
     return table
 
 
+def study_path(options: Options, name: str) -> Path:
+    return Path("runs") / "studies" / f"{name}-{Path(options.task).stem}-{Path(options.student).name}"
+
+
 def write_table(table: list[dict[str, Any]], path: Path) -> None:
-    columns = list(dict.fromkeys(key for line in table for key in line))
-    rows = [columns, ["---"] * len(columns), *([str(line.get(c, "")) for c in columns] for line in table)]
+    columns = [
+        next(iter(table[0])),
+        "accuracy",
+        "validity",
+        "D auc",
+        "accuracy - dss, 95%",
+        "validity - dss, 95%",
+        "paper",
+    ]
+    columns = [column for column in columns if any(line.get(column) for line in table)]
+    rows = [columns, ["---"] * len(columns), *([str(line.get(c) or "") for c in columns] for line in table)]
     markdown = "".join(f"| {' | '.join(row)} |\n" for row in rows)
     path.with_suffix(".md").write_text(markdown, encoding="utf-8")
     with path.with_suffix(".csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns)
+        writer = csv.DictWriter(file, columns, extrasaction="ignore")
         writer.writeheader()
         writer.writerows(table)
     print(markdown + f"Written to {path}.md and .csv")
@@ -237,23 +268,143 @@ def score(folder: str, options: Options) -> dict[str, float]:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# A question's way through the method, as a worked exercise
+
+
+def say(text: str, indent: int = 2) -> None:
+    """Print a text in lines of at most 100 columns."""
+    space = " " * indent
+    print(textwrap.fill(" ".join(text.split()), 100, initial_indent=space, subsequent_indent=space))
+
+
+def show(folder: str, options: Options) -> None:
+    """Follow training questions through a finished run: vote, rationales, eqs. 3 to 7 with numbers, what it writes now."""
+    models = open_run(folder, options)
+    own = models.options
+    task, splits, samples, questions = qcrd.prepare(own)
+    drawn = qcrd.negatives_of(models, questions, own.rounds - 1, Path(folder))
+
+    def kinds(q: qcrd.Question) -> int:
+        return bool(q.positives) + bool(q.negatives) + (q.example.id in drawn)
+
+    shown = [q for q in questions if q.example.id == options.show]
+    if not shown and options.show.isdecimal():
+        shown = sorted(questions, key=kinds, reverse=True)[: int(options.show)]  # those that have all to show
+    if not shown:
+        raise UserError(f"--show {options.show}: name a count or an id, such as {questions[0].example.id}.")
+    ids = {q.example.id for q in shown}
+    batch = shown + [q for q in questions if q.example.id not in ids][: max(0, own.batch_size - len(shown))]
+    # without a margin here, so that a negative that is chosen and beyond it is seen
+    models.options = replace(own, delta=math.inf)
+    with models.autocast():
+        torch.manual_seed(own.seed)
+        weighed = qcrd.weigh(models, batch, drawn, set())
+    models.options = own
+    exists = weighed.kind > 0
+    l = score = torch.zeros(exists.shape, device=models.device)
+    with models.constant(), models.autocast():
+        if exists.any():
+            l = models.loss_of(models.encode([f"explain: {q.example.input}" for q in batch]), weighed.texts, exists)
+        if models.judge is not None:
+            score = models.score(batch, weighed.texts, exists)
+    _, pos, neg = qcrd.contrastive_loss(l, weighed.pos_share, weighed.neg_share, weighed.weight, own.beta, own.delta)
+    limit = qcrd.label_limit(models, splits["train"])
+    _, rows = qcrd.evaluate(models, task, [q.example for q in shown], limit, "shown")
+    for i, (q, row) in enumerate(zip(shown, rows, strict=True)):
+        print(f"\n{f' {q.example.id} ':=^100}\nQuestion")
+        say(q.example.input)
+        if q.example.id in samples:
+            show_vote(task, q, samples[q.example.id])
+        if own.positives != "none":
+            show_loss(own, weighed, i, l, score, pos, neg)
+        print("The student now")
+        say(f"predicts {row['label']!r}: {'right' if row['correct'] else 'wrong'}, the label is {q.example.label!r}")
+        if "rationale" in row:
+            say(f"explains: {row['rationale']}")
+            checked = {True: "every step is right", False: "not valid", None: "not checked: only toy's can be"}
+            say(f"validity of that: {checked[row['valid']]}")
+
+
+def show_vote(task: data.Task, q: qcrd.Question, samples: list[data.Sample]) -> None:
+    _, positives, negatives = qcrd.self_consistency([task.key(sample.answer) for sample in samples])
+    print(f"The vote of {len(samples)} samples")
+    say("; ".join(f"{sample.teacher}: {'no answer' if sample.answer is None else sample.answer}" for sample in samples))
+    if positives:
+        winner = samples[positives[0]].answer
+        right = "right" if task.correct(winner, q.example) else f"wrong, the label is {q.example.label}"
+        say(f"{len(positives)} positive, {len(negatives)} negative: {winner} wins, which is {right}")
+
+
+def show_loss(
+    own: qcrd.Options, weighed: qcrd.Batch, i: int, l: torch.Tensor, score: torch.Tensor, pos: torch.Tensor, neg: torch.Tensor
+) -> None:  # fmt: skip
+    """The rationales of question i of a batch, and eqs. 3 to 7 with their numbers; l, score (N, R), pos, neg (N,)."""
+    print(
+        f"Its rationales: l in nats per token under the student now (delta {own.delta:g}), D's score s, share in a term"
+    )
+    writer = f"of round {qcrd.source_round(own.rounds - 1, own.lag)}" if own.negatives == "student" else "fixed"
+    names = {qcrd.POSITIVE: "positive", qcrd.TEACHERS: "teacher's negative", qcrd.STUDENTS: f"student's, {writer}"}
+    terms: dict[int, list[str]] = {4: [], 5: []}  # by equation
+    for j, text in enumerate(weighed.texts[i]):
+        kind, eq = int(weighed.kind[i, j]), 4 if weighed.kind[i, j] == qcrd.POSITIVE else 5
+        share = weighed.pos_share[i, j] + weighed.neg_share[i, j]
+        note = [f"chosen by {qcrd.SCHEMES[own.scheme][eq - 4]}, eq. {eq}"] if share > 0 else []
+        if eq == 5 and l[i, j] >= own.delta:
+            note.append("beyond delta")
+        s = "" if own.judge == "none" else f"  s {score[i, j]:.3f}"
+        print(f"  {names[kind]:<22} l {l[i, j]:6.3f}{s}  share {share:.2f}  {'; '.join(note)}".rstrip())
+        say(text, 6)
+        if share > 0:
+            value = f"{l[i, j]:.3f}" if eq == 4 else f"min({l[i, j]:.3f} - {own.delta:g}, 0)"
+            terms[eq].append(f"{share:.2f} * {weighed.weight[i, j]:.3f} * {value}")
+    print("L_cl, of share * weight * l")
+    if own.judge == "none" or own.scheme == "wmean":
+        say("every weight is 1: " + ("there is no judge" if own.judge == "none" else "quality is in the shares"))
+    else:
+        by = "s"
+        if own.quality == "relative":
+            mean = (weighed.pos_share * score).sum() / weighed.pos_share.sum().clamp(min=1e-9)
+            by = f"s / {mean:.3f}, the mean of those chosen for {len(weighed.texts)} questions"
+        say(f"weight: {by} (eq. 6); 1 - s of a negative (eq. 7)")
+    say(f"eqs. 4, 6: L_pos = {' + '.join(terms[4]) or '0, no positive'} = {pos[i]:.3f}")
+    say(f"eqs. 5, 7: L_neg = {' + '.join(terms[5]) or '0, no negative'} = {neg[i]:.3f}")
+    total = pos[i] - own.beta * neg[i]
+    say(f"eq. 3: L_cl = L_pos - beta * L_neg = {pos[i]:.3f} - {own.beta:g} * {neg[i]:.3f} = {total:.3f}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Pictures. Okabe and Ito's colours, which colour-blind readers can tell apart, and a line style each.
 
 STYLES = [("#0072B2", "-"), ("#E69F00", "--"), ("#009E73", "-."), ("#CC79A7", ":"), ("#000000", "-"), ("#D55E00", "--")]
 
 
-def draw(path: Path, title: str, x_label: str, y_label: str, lines: dict[str, Any]) -> None:
-    """A line for each name, of (x, y) or (x, y, error), written to `path` as PNG."""
+def panels(count: int, height: float, title: str) -> tuple[Any, Any]:
+    """A matplotlib figure with that many axes side by side."""
     import matplotlib.figure  # the only thing that needs it
 
-    axes = (figure := matplotlib.figure.Figure(figsize=(7, 4.5), layout="constrained")).subplots()
+    figure = matplotlib.figure.Figure(figsize=(5 + 2 * count, height), layout="constrained")
+    figure.suptitle(title)
+    return figure, figure.subplots(1, count, squeeze=False)[0]
+
+
+def draw_lines(axes: Any, x_label: str, y_label: str, lines: dict[str, Any]) -> None:
+    """A line for each name, of (x, y) or (x, y, error)."""
     for (name, line), (color, style) in zip(lines.items(), STYLES * 3):
-        error = line[2] if len(line) == 3 else None
-        axes.errorbar(line[0], line[1], error, label=name, color=color, linestyle=style, capsize=3)
-    axes.set(title=title, xlabel=x_label, ylabel=y_label)
+        axes.errorbar(*line, label=name, color=color, linestyle=style, capsize=3)
+    axes.set(xlabel=x_label, ylabel=y_label)
     axes.legend()
+
+
+def save_picture(figure: Any, path: Path) -> None:
     figure.savefig(path, dpi=150)
     print(f"Drawn: {path}")
+
+
+def draw(path: Path, title: str, x_label: str, y_label: str, lines: dict[str, Any]) -> None:
+    """One panel of lines, written to `path`."""
+    figure, (axes,) = panels(1, 4.5, title)
+    draw_lines(axes, x_label, y_label, lines)
+    save_picture(figure, path)
 
 
 def plot_run(folder: str, options: Options) -> None:
@@ -267,7 +418,7 @@ def plot_run(folder: str, options: Options) -> None:
     models = open_run(folder, options)
     if models.judge is None:
         return
-    _, _, questions = qcrd.prepare(models.options)
+    *_, questions = qcrd.prepare(models.options)
     held_out = [q for q in questions if q.held_out][:500]
     groups = {
         "teacher, positives": [(q, text) for q in held_out for text in q.positives],
@@ -287,17 +438,61 @@ def plot_run(folder: str, options: Options) -> None:
     draw(Path(folder) / "scores.png", title, "score D(x, r)", "density", lines)
 
 
-def plot_size(options: Options) -> None:
-    """Test accuracy against the share of the training set (the paper's Fig. 4), of a finished size study."""
-    lines: dict[str, tuple[list[float], ...]] = {}
-    for name, row in STUDIES["size"].items():
-        method, share = name.split(", ")
-        point = (float(share.strip("%")), *summary([r["accuracy"] for r in results_of(options, row)]))
-        for values, value in zip(lines.setdefault(method, ([], [], [])), point, strict=True):
-            values.append(value)
-    path = Path("runs") / "studies" / f"size-{Path(options.task).stem}-{Path(options.student).name}.png"
-    title = f"{Path(options.task).stem}: accuracy against training-set size, {options.seeds} seeds"
-    draw(path, title, "share of the training questions, %", "test accuracy, % (bars: standard error)", lines)
+def plot_differences(options: Options, names: list[str]) -> None:
+    """Every row's difference to dss with its 95% interval, accuracy and validity side by side."""
+    rows = {row: label for name in reversed(names) for label, row in reversed(STUDIES[name].items())}
+    rows = {row: label for row, label in rows.items() if row != baseline_of(row)}
+    figure, both = panels(
+        2, 1.6 + 0.35 * len(rows), f"Difference to dss in points, 95% intervals, {options.seeds} seeds"
+    )
+    for axes, key, (color, _) in zip(both, ("accuracy", "validity"), STYLES):
+        for y, row in enumerate(rows):
+            if key in (found := differences(options, row)):
+                axes.errorbar(found[key][0], y, xerr=found[key][1], fmt="o", color=color, capsize=4)
+        axes.axvline(0, color="#000000", linewidth=1)
+        axes.set(xlabel=f"{key} - dss", yticks=range(len(rows)), ylim=(-0.7, len(rows) - 0.3))
+        axes.set_yticklabels(rows.values() if axes is both[0] else [])
+        axes.grid(axis="x", alpha=0.3)
+    save_picture(figure, study_path(options, "-".join(names)).with_suffix(".svg"))
+
+
+def plot_shares(options: Options, name: str, x_label: str) -> None:
+    """A study whose rows are "method, share": accuracy and validity against the share (size: the paper's Fig. 4)."""
+    figure, both = panels(2, 4, f"{Path(options.task).stem}, {options.seeds} seeds; bars: standard error")
+    for axes, key in zip(both, ("accuracy", "validity")):
+        lines: dict[str, tuple[list[float], ...]] = {}
+        for label, row in STUDIES[name].items():
+            method, share = label.split(", ")
+            results = results_of(options, row)
+            if key in results[0]:
+                point = (float(share.strip("%")), *summary([r[key] for r in results]))
+                for values, value in zip(lines.setdefault(method, ([], [], [])), point, strict=True):
+                    values.append(value)
+        draw_lines(axes, x_label, f"test {key}, %", lines)
+    save_picture(figure, study_path(options, name).with_suffix(".svg"))
+
+
+def studies(options: Options) -> None:
+    """Run what is missing of the studies; their tables, and with --plot their pictures."""
+    for name in options.study:
+        if name not in STUDIES:
+            raise UserError(f"--study {name} is not one of {', '.join(STUDIES)}.")
+        if name == "noise" and options.task != "toy":
+            raise UserError("--study noise needs --task toy, whose teacher errs as often as it is told to.")
+    if options.seeds < 1 or options.jobs < 1:
+        raise UserError("--seeds and --jobs must be at least 1.")
+    rows = {row for name in options.study for row in STUDIES[name].values()}
+    run_missing(options, sorted(rows | {baseline_of(row) for row in rows}))
+    for name in options.study:
+        study(options, name)
+    if options.plot:
+        shares = {"noise": "teacher's error rate, %", "size": "share of the training questions, %"}
+        others = [name for name in options.study if name not in shares]
+        if others:
+            plot_differences(options, others)
+        for name in options.study:
+            if name in shares:
+                plot_shares(options, name, shares[name])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -358,20 +553,14 @@ def compare(options: Options) -> dict[str, int]:
 def main(argv: Sequence[str] | None = None) -> None:
     options = qcrd.parse(Options, __doc__, argv)
     if options.study:
-        if options.study not in STUDIES:
-            raise UserError(f"--study {options.study} is not one of {', '.join(STUDIES)}.")
-        if options.seeds < 1 or options.jobs < 1:
-            raise UserError("--seeds and --jobs must be at least 1.")
-        study(options)
-        if options.plot and options.study == "size":
-            plot_size(options)
+        studies(options)
     elif options.judge:
         compare(options)
         return
     elif not options.runs:
         raise UserError("nothing to do: name --runs to score, or a --study.")
     for run in options.runs:
-        (plot_run if options.plot else score)(run, options)
+        (show if options.show else plot_run if options.plot else score)(run, options)
 
 
 if __name__ == "__main__":

@@ -6,12 +6,14 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 import data
 import eval as evaluation
 import qcrd
 from data import UserError
 from tests.conftest import ROOT
+from tests.helpers import make_options
 from tests.test_runs import SMALL, student  # noqa: F401
 from tests.test_teachers import KEY, Server
 
@@ -67,11 +69,20 @@ def test_a_study_runs_what_is_missing_and_goes_on(student, tmp_path):  # noqa: F
 def test_paired_difference_by_hand():
     ours, theirs = ([{"accuracy": x} for x in values] for values in ((0.8, 0.9, 0.7), (0.7, 0.7, 0.7)))
     # differences of 10, 20 and 0 points: mean 10, standard error 10 / sqrt(3); t = 4.30 at two degrees of freedom
-    assert evaluation.paired_difference(ours, theirs, "accuracy") == "+10.0 [-14.8, +34.8]"
+    gain, half = evaluation.paired_difference(ours, theirs, "accuracy")
+    assert gain == pytest.approx(10) and half == pytest.approx(4.30 * 10 / 3**0.5)
+
+
+def test_a_row_is_compared_with_dss_on_the_same_data():
+    assert evaluation.baseline_of("--judge none --lag 3") == "--method dss"
+    assert evaluation.baseline_of("--method mi --labels teacher") == "--method dss --labels teacher"
+    for name in ("noise", "size"):
+        rows = evaluation.STUDIES[name].values()
+        assert {evaluation.baseline_of(row) for row in rows} == {row for row in rows if "dss" in row}
 
 
 def test_studies_share_the_runs_they_have_in_common():
-    options = evaluation.Options(study="methods")
+    options = evaluation.Options()
     assert evaluation.STUDIES["methods"]["dss"] == evaluation.STUDIES["ablation"]["dss"]
     whole = {"methods": "qcrd", "ablation": "+ quality judge (QJ): qcrd", "schemes": "minmax",
              "negatives": "student, j = 5", "judge": "own, bce", "size": "qcrd, 100%"}  # fmt: skip
@@ -131,16 +142,74 @@ def test_pictures_of_a_run_are_drawn(student, tmp_path, monkeypatch):  # noqa: F
         assert (run / name).read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_size_study_is_drawn_from_its_results(tmp_path, monkeypatch):
+def test_studies_print_differences_and_are_drawn_from_their_results(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    options = evaluation.Options(study="size", seeds=2)
-    for row in evaluation.STUDIES["size"].values():
+    options = evaluation.Options(study=["methods", "noise", "size"], seeds=2, plot=True)
+    for row in {row for name in options.study for row in evaluation.STUDIES[name].values()}:
         for seed in range(2):
             out = evaluation.run_path(options, row, seed)
             out.mkdir(parents=True)
-            (out / "result.json").write_text(json.dumps({"accuracy": 0.5 + seed / 10}))
-    evaluation.plot_size(options)
-    assert (tmp_path / "runs" / "studies" / "size-toy-tiny.png").read_bytes().startswith(b"\x89PNG")
+            better = 0 if "dss" in row else (0.1, 0.2)[seed]
+            result = {"accuracy": 0.5 + seed / 10 + better}
+            if "finetune" not in row:
+                result["validity"] = result["accuracy"]
+            (out / "result.json").write_text(json.dumps(result))
+    evaluation.studies(options)
+    printed = capsys.readouterr().out
+    # 10 and 20 points: mean 15, standard error 5, t = 12.71 at one degree of freedom
+    assert "| qcrd | 70.0 ± 10.0 | 70.0 ± 10.0 | +15.0 [-48.6, +78.6] | +15.0 [-48.6, +78.6] |" in printed
+    assert "| dss, 60% | 55.0 ± 5.0 | 55.0 ± 5.0 |  |  |" in printed
+    for name in ("methods", "noise", "size"):
+        assert "<svg" in (tmp_path / "runs" / "studies" / f"{name}-toy-tiny.svg").read_text()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        (),
+        ("--scheme", "wmean"),
+        ("--scheme", "sampling", "--quality", "printed"),
+        ("--judge", "none", "--negatives", "none"),
+        ("--method", "finetune"),
+        ("--method", "single"),
+    ],
+)
+def test_a_questions_way_is_shown_with_the_numbers_of_training(student, tmp_path, monkeypatch, capsys, changes):  # noqa: F811
+    monkeypatch.setattr(data, "TOY_SIZES", {"train": 60, "valid": 10, "test": 20})
+    run = tmp_path / "run"
+    qcrd.main(["--student", student, "--out", str(run), *SMALL, *changes])
+    capsys.readouterr()
+    evaluation.main(["--runs", str(run), "--show", "2"])
+    shown = capsys.readouterr().out
+    assert max(map(len, shown.split("\n"))) <= 100
+    assert shown.count("Question\n") == shown.count("predicts ") == 2
+    sums = re.findall(r"= (-?[\d.]+) - ([\d.]+) \* (-?[\d.]+) = (-?[\d.]+)\n", shown)
+    for pos, beta, neg, total in sums:
+        assert float(pos) - float(beta) * float(neg) == pytest.approx(float(total), abs=2e-3)
+    assert len(sums) == (0 if "--method" in changes else 2)
+    one = re.findall(r"= (toy-train-\d+) =", shown)[1]
+    evaluation.main(["--runs", str(run), "--show", one])
+    assert re.findall(r"= (toy-train-\d+) =", capsys.readouterr().out) == [one]
+    with pytest.raises(UserError, match="--show nothing: name a count or an id, such as toy-train-"):
+        evaluation.main(["--runs", str(run), "--show", "nothing"])
+
+
+def test_a_shown_questions_terms_by_hand(capsys):
+    options = make_options(scheme="minmax", quality="relative", delta=3.0)
+    rows = torch.tensor
+    l, score = rows([[0.5, 0.9, 2.0, 4.0]]), rows([[0.5, 0.9, 0.25, 0.1]])
+    weighed = qcrd.Batch(
+        [], [["a", "b", "c", "d"]], rows([[1, 1, 2, 3]]), rows([[1.0, 0, 0, 0]]), rows([[0, 0, 0.0, 1.0]]),
+        rows([[1.2, 1.0, 0.75, 0.9]]), rows([[0, 0, 0, 0]]),
+    )  # fmt: skip
+    evaluation.show_loss(options, weighed, 0, l, score, rows([0.6]), rows([0.0]))
+    printed = capsys.readouterr().out
+    assert "positive               l  0.500  s 0.500  share 1.00  chosen by min, eq. 4" in printed
+    assert "student's, of round 0  l  4.000  s 0.100  share 1.00  chosen by max, eq. 5; beyond delta" in printed
+    assert "s / 0.500, the mean of those chosen for 1 questions (eq. 6); 1 - s of a negative" in printed
+    assert "L_pos = 1.00 * 1.200 * 0.500 = 0.600" in printed
+    assert "L_neg = 1.00 * 0.900 * min(4.000 - 3, 0) = 0.000" in printed
+    assert "= 0.600 - 0.2 * 0.000 = 0.600" in printed
 
 
 def test_the_readme_names_the_line_of_every_function_on_its_map():

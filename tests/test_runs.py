@@ -385,3 +385,16 @@ def test_the_sampling_scheme_draws_the_same_with_the_same_seed(student, tmp_path
     for name in ("one", "two"):
         qcrd.main(["--student", student, "--out", str(tmp_path / name), "--scheme", "sampling", *SMALL])
     assert same_run(tmp_path / "one", tmp_path / "two")
+
+
+def test_a_finished_run_says_what_to_compare_its_figures_with():
+    toy = qcrd.how_to_read(qcrd.parse_options([]), [])
+    assert "dss" in toy and "validity" in toy
+    given = ["--task", "svamp", "--student", "t5-small", "--out", "my run"]
+    told = qcrd.how_to_read(qcrd.parse_options(given), given)
+    assert told.endswith(
+        "python qcrd.py --task svamp --student t5-small --out 'my run' --method dss --out 'my run-dss'"
+    )
+    again = qcrd.parse_options(told.split("qcrd.py ")[1].replace("'", "").replace("my run", "my_run").split())
+    assert (again.method, again.out) == ("dss", "my_run-dss")
+    assert qcrd.how_to_read(qcrd.parse_options([*given, "--method", "dss"]), given).count("--method finetune") == 1
