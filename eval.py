@@ -298,7 +298,7 @@ def show(folder: str, options: Options) -> None:
     models.options = replace(own, delta=math.inf)
     with models.autocast():
         torch.manual_seed(own.seed)
-        weighed = qcrd.weigh(models, batch, drawn, set())
+        weighed = qcrd.weigh(models, batch, drawn)
     models.options = own
     exists = weighed.kind > 0
     l = score = torch.zeros(exists.shape, device=models.device)

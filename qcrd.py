@@ -224,28 +224,21 @@ def contrastive_loss(
 POSITIVE, TEACHERS, STUDENTS = 1, 2, 3  # what a place of (N, R) holds: a positive, or whose negative; 0 is nothing
 
 
-def judge_terms(kind: Tensor, loss: str) -> int:
-    """Over how many terms L_D is a mean: questions that have both sides ("paper"), or all rationales ("bce")."""
-    if loss == "bce":
-        return int((kind > 0).sum())
-    return int(((kind == POSITIVE).any(1) & (kind > POSITIVE).any(1)).sum())
-
-
-def judge_loss(score: Tensor, kind: Tensor, loss: str = "paper", terms: float | None = None) -> Tensor:
+def judge_loss(score: Tensor, kind: Tensor, loss: str = "paper") -> Tensor:
     """L_D, a scalar, from D's scores (N, R) and the kind (N, R) of each rationale: 1 is a positive, more a negative.
 
-    "paper" is eq. 2, the mean of -log(sum_j exp(s_pos_j) / sum_j exp(s_neg_j)); "bce" is binary cross-entropy. Both are
-    means over `terms`, by default judge_terms; a part of a batch names the whole batch's. 0 where there is none.
+    "paper" is eq. 2, the mean over questions with both sides of -log(sum_j exp(s_pos_j) / sum_j exp(s_neg_j)); "bce" is
+    binary cross-entropy, the mean over rationales. 0 where there is nothing to take a mean of.
     """
     if loss == "bce":
         chance = torch.where(kind == POSITIVE, score, 1 - score)[kind > 0]  # that D says what is so
-        total = -chance.clamp(min=1e-6).log().sum()
+        terms = -chance.clamp(min=1e-6).log()
     else:
         both = (kind == POSITIVE).any(1) & (kind > POSITIVE).any(1)
         score, kind = score[both], kind[both]
         pos = score.masked_fill(kind != POSITIVE, -torch.inf).logsumexp(1)
-        total = (score.masked_fill(kind <= POSITIVE, -torch.inf).logsumexp(1) - pos).sum()
-    return total / max(1e-9, judge_terms(kind, loss) if terms is None else terms)
+        terms = score.masked_fill(kind <= POSITIVE, -torch.inf).logsumexp(1) - pos
+    return terms.sum() / max(1, len(terms))
 
 
 def mutual_information_loss(pred_probs: Tensor, expl_probs: Tensor) -> Tensor:
@@ -331,7 +324,6 @@ class Batch(NamedTuple):
     pos_share: Tensor  # (N, R), from choose
     neg_share: Tensor  # (N, R), likewise, and 0 beyond the margin
     weight: Tensor  # (N, R), quality weights
-    judged: Tensor  # (N, R), the kind of what D learns from in this step, else 0
 
 
 def lay_out(rows: list[list[int]]) -> Tensor:
@@ -341,11 +333,11 @@ def lay_out(rows: list[list[int]]) -> Tensor:
 
 
 @torch.no_grad()
-def weigh(models: "Models", questions: list[Question], drawn: dict[str, str], judged: set[int]) -> Batch:
+def weigh(models: "Models", questions: list[Question], drawn: dict[str, str]) -> Batch:
     """Which rationales of a batch count in L_cl, and how much, without gradients: eqs. 4 to 7 but for l itself.
 
-    `drawn` has the student's negatives by question id, `judged` the rows that D learns from. Min, max and margin
-    leave most rationales without a gradient, so that all are read here, and only the chosen ones again in `student_losses`.
+    `drawn` has the student's negatives by question id. Min, max and margin leave most rationales without a gradient,
+    so that all are read here, and only the chosen ones again in `student_losses`.
     """
     options = models.options
     texts, kinds = [], []
@@ -370,8 +362,7 @@ def weigh(models: "Models", questions: list[Question], drawn: dict[str, str], ju
         if models.judge is not None and options.scheme != "wmean":  # there quality decides the shares instead
             score = models.score(questions, texts, pos_share + neg_share > 0)
             weight = quality_weights(score, pos_share, neg_share, options.quality)
-    rows = torch.tensor([[i in judged] for i in range(len(questions))], device=models.device)
-    return Batch(questions, texts, kind, pos_share, neg_share, weight, kind * rows)
+    return Batch(questions, texts, kind, pos_share, neg_share, weight)
 
 
 def student_losses(models: "Models", batch: Batch) -> tuple[Tensor, Tensor, Tensor, Figures]:
@@ -401,13 +392,14 @@ def student_losses(models: "Models", batch: Batch) -> tuple[Tensor, Tensor, Tens
     return L_pred, L_cl, L_mi, figures
 
 
-def discriminator_loss(models: "Models", batch: Batch, terms: float) -> tuple[Tensor, Figures]:
-    """L_D of a batch, a scalar with gradients: the sum over what D learns from, divided by `terms`; and its figures."""
-    score = models.score(batch.questions, batch.texts, batch.judged > 0)
-    L_D = judge_loss(score, batch.judged, models.options.judge_loss, terms)
+def discriminator_loss(models: "Models", batch: Batch, rows: list[int]) -> tuple[Tensor, Figures]:
+    """L_D of some rows of a batch, a scalar with gradients, and its figures."""
+    kind = batch.kind[rows]  # (n, R)
+    score = models.score([batch.questions[i] for i in rows], [batch.texts[i] for i in rows], kind > 0)
+    L_D = judge_loss(score, kind, models.options.judge_loss)
     figures = {"L_judge": L_D.item()}
-    for kind, name in enumerate(("D pos", "D teacher neg", "D student neg"), POSITIVE):
-        own = score[batch.judged == kind]
+    for number, name in enumerate(("D pos", "D teacher neg", "D student neg"), POSITIVE):
+        own = score[kind == number]
         if len(own):
             figures[name] = own.mean().item()
     return L_D, figures
@@ -417,36 +409,36 @@ def train_step(
     models: "Models", optimizers: list[torch.optim.Optimizer], questions: list[Question], drawn: dict[str, str],
     round_: int, step: int,
 ) -> list[Figures]:  # fmt: skip
-    """One step of both optimizers on a batch of questions; its parts' figures. UserError if a loss is not finite."""
+    """One step of both optimizers on a batch of questions; its parts' figures. UserError if a loss is not finite.
+
+    L_total = alpha_1 L_pred + alpha_2 L_cl + alpha_3 L_D, eq. 8, plus MI's term where that is asked for: a sum, whose
+    terms go backward one after the other, so that one graph is in memory at a time.
+    """
     options = models.options
     torch.manual_seed(step_seed(options.seed, step, "step"))  # dropout, and scheme "sampling"
-    judged = judged_rows(questions, options, step) if models.judge is not None else set()
-    with models.autocast():
-        whole = weigh(models, questions, drawn, judged)
-    terms = judge_terms(whole.judged, options.judge_loss)
     models.parts.zero_grad()
+    with models.autocast():
+        whole = weigh(models, questions, drawn)
     seen: list[Figures] = []
     size = math.ceil(len(questions) / options.grad_accum)
     for first in range(0, len(questions), size):
         part = Batch._make(value[first : first + size] for value in whole)
-        share = len(part.questions) / len(questions)
-        # L_total = alpha_1 L_pred + alpha_2 L_cl + alpha_3 L_D, eq. 8, a sum whose terms go backward one after the
-        # other, so that one graph is in memory at a time
         with models.autocast():
             L_pred, L_cl, L_mi, figures = student_losses(models, part)
-        student_total = options.alpha1 * L_pred + options.alpha2 * L_cl + options.mi_weight * L_mi
-        check_finite(student_total, step, part.questions)
-        (share * student_total).backward()
-        if terms:
-            with models.autocast():
-                L_D, judge_figures = discriminator_loss(models, part, terms * share)
-            check_finite(L_D, step, part.questions)
-            (share * options.alpha3 * ALPHA3_DECAY**round_ * L_D).backward()
-            figures |= judge_figures
+        total = options.alpha1 * L_pred + options.alpha2 * L_cl + options.mi_weight * L_mi
+        check_finite(total, step, part.questions)
+        (total * len(part.questions) / len(questions)).backward()
         seen.append(figures)
+    rows = judged_rows(questions, options, step) if models.judge is not None else []
+    if (whole.kind[rows] > 0).any():
+        with models.autocast():
+            L_D, figures = discriminator_loss(models, whole, rows)
+        check_finite(L_D, step, questions)
+        (options.alpha3 * ALPHA3_DECAY**round_ * L_D).backward()
+        seen.append(figures)
+        update(optimizers[1])
     optimizers[0].param_groups[0]["lr"] = learning_rate(options, step)
-    for optimizer in optimizers if judged else optimizers[:1]:
-        update(optimizer)
+    update(optimizers[0])
     return seen
 
 
@@ -464,13 +456,13 @@ def check_finite(loss: Tensor, step: int, questions: list[Question]) -> None:
         raise UserError(f"the loss is {loss.item()} at {at}: lower --lr or use --precision fp32.")
 
 
-def judged_rows(questions: list[Question], options: Options, step: int) -> set[int]:
+def judged_rows(questions: list[Question], options: Options, step: int) -> list[int]:
     """The rows of a batch that D learns from: every `judge_every` steps a random part of it."""
     if step % options.judge_every:
-        return set()
+        return []
     rows = [i for i, q in enumerate(questions) if not q.held_out]
     rng = random.Random(step_seed(options.seed, step, "judge"))
-    return set(rng.sample(rows, min(judge_batch(options), len(rows))))
+    return sorted(rng.sample(rows, min(judge_batch(options), len(rows))))
 
 
 def judge_batch(options: Options) -> int:

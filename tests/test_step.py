@@ -73,7 +73,7 @@ def test_two_passes_give_the_loss_and_gradient_of_all_rationales_at_once(scheme,
     models = small_models(make_options(scheme=scheme, judge=judge, delta=delta, quality="printed"))
     models.group_size = 4
     batch, drawn = a_batch()
-    _, fast, _, figures = student_losses(models, weigh(models, batch, drawn, set()))
+    _, fast, _, figures = student_losses(models, weigh(models, batch, drawn))
     slow, pos, neg = slow_l_cl(models, batch, drawn)
     assert fast.item() == pytest.approx(slow.item(), abs=1e-5)
     assert figures["L_positive"] == pytest.approx(pos.item(), abs=1e-5)
@@ -137,9 +137,9 @@ def test_the_discriminator_learns_from_a_random_part_of_a_batch_and_never_from_h
     questions = [Question(data.Example(str(i), "x", "y"), "y", ["a"], ["b"], held_out=i % 10 == 9) for i in range(64)]
     options = make_options(batch_size=64, judge_every=2)
     drawn = [qcrd.judged_rows(questions, options, step) for step in range(0, 40, 2)]
-    assert all(len(rows) == 16 and not rows & {9, 19, 29, 39, 49, 59} for rows in drawn)
-    assert len(set.union(*drawn)) > 50 and drawn[0] != drawn[1]
-    assert drawn[0] == qcrd.judged_rows(questions, options, 0) and qcrd.judged_rows(questions, options, 1) == set()
+    assert all(len(set(rows)) == 16 and not set(rows) & {9, 19, 29, 39, 49, 59} for rows in drawn)
+    assert len(set().union(*drawn)) > 50 and drawn[0] != drawn[1]
+    assert drawn[0] == qcrd.judged_rows(questions, options, 0) and qcrd.judged_rows(questions, options, 1) == []
 
 
 def test_choice_and_margin_are_settled_without_dropout():
@@ -148,8 +148,8 @@ def test_choice_and_margin_are_settled_without_dropout():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.5
     batch, drawn = a_batch()
-    first = weigh(models, batch, drawn, set())
-    again = weigh(models, batch, drawn, set())
+    first = weigh(models, batch, drawn)
+    again = weigh(models, batch, drawn)
     assert torch.equal(first.weight, again.weight) and torch.equal(first.neg_share, again.neg_share)
     assert models.student.training and models.judge.training
 
@@ -157,7 +157,7 @@ def test_choice_and_margin_are_settled_without_dropout():
 def test_l_cl_trains_the_student_and_not_the_discriminator():
     models = small_models(make_options(delta=5.8))
     batch, drawn = a_batch()
-    student_losses(models, weigh(models, batch, drawn, set()))[1].backward()
+    student_losses(models, weigh(models, batch, drawn))[1].backward()
     assert all(p.grad is None for p in models.judge.parameters())
     assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in models.student.parameters())
 
@@ -166,7 +166,7 @@ def test_l_cl_trains_the_student_and_not_the_discriminator():
 def test_only_a_shared_encoder_lets_l_d_shape_the_student(judge, trains_encoder):
     models = small_models(make_options(judge=judge))
     batch, drawn = a_batch()
-    discriminator_loss(models, weigh(models, batch, drawn, {0, 2, 3}), 5)[0].backward()
+    discriminator_loss(models, weigh(models, batch, drawn), [0, 2, 3])[0].backward()
     encoder = [
         p.grad.abs().sum().item() if p.grad is not None else 0 for p in models.student.get_encoder().parameters()
     ]
@@ -180,7 +180,7 @@ def nlls(models: Models, question: Question, texts: list[str]) -> list[float]:
 
 
 def l_cl(models: Models, question: Question) -> torch.Tensor:
-    return student_losses(models, weigh(models, [question], {}, set()))[1]
+    return student_losses(models, weigh(models, [question], {}))[1]
 
 
 def test_after_a_step_the_chosen_positive_is_likelier_and_a_negative_below_the_margin_less_likely():
