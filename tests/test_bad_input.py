@@ -73,10 +73,10 @@ def refusal(capfd, *argv: str) -> str:
     """The sentence with which a command line is refused."""
     if "--student" not in argv:
         argv = (*argv, "--student", "student")
-    started = time.monotonic()
+    started = time.process_time()
     with pytest.raises((UserError, SystemExit)) as error:
         qcrd.main([*argv, "--out", "run"])
-    assert time.monotonic() - started < 10
+    assert time.process_time() - started < 10
     sentence = str(error.value)
     if error.type is SystemExit:  # argparse's own way: usage, then the sentence
         assert error.value.code == 2
@@ -279,11 +279,11 @@ def test_both_parsers_survive_anything():
             assert isinstance(rationale, str) and (answer is None or isinstance(answer, str))
             assert answer is None or not example.choices or answer in example.choices
     for text in ["(" * 10_000, "-" * 10_000, "1+" * 10_000, "Answer:" * 5_000, "1 " * 10_000, "(a) " * 10_000]:
-        started = time.monotonic()
+        started = time.process_time()
         for task, example in examples:
             data.parse_output(task, example, text)
         data.equation_value(text)
-        assert time.monotonic() - started < 2, text[:10]
+        assert time.process_time() - started < 2, text[:10]
 
 
 def test_help_tells_each_option_and_its_default(capsys):
