@@ -244,7 +244,9 @@ def parse_output(task: Task, example: Example, output: str) -> tuple[str, str | 
     text = OPENING.sub("", text, count=1).strip()
     markers = list(MARKER.finditer(text))
     rationale = (text[: markers[0].start()] if markers else text).strip()
-    tails = [text[m.end() :].strip() for m in reversed(markers)] or [text]  # the last marker that gives an answer wins
+    tails = [text[m.end() :].strip() for m in reversed(markers[-20:])] or [
+        text
+    ]  # the last marker that gives an answer wins
     for tail in tails:
         if task.numeric:
             answer = find_number(tail.split("\n")[0], last=not markers)
