@@ -279,6 +279,8 @@ def say(text: str, indent: int = 2) -> None:
 
 def show(folder: str, options: Options) -> None:
     """Follow training questions through a finished run: vote, rationales, eqs. 3 to 7 with numbers, what it writes now."""
+    if not (Path(folder) / "result.json").exists():
+        raise UserError(f"{folder} is not the directory of a finished run: --show needs one.")
     models = open_run(folder, options)
     own = models.options
     task, splits, samples, questions = qcrd.prepare(own)

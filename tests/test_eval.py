@@ -194,6 +194,23 @@ def test_a_questions_way_is_shown_with_the_numbers_of_training(student, tmp_path
         evaluation.main(["--runs", str(run), "--show", "nothing"])
 
 
+def test_a_run_is_shown_without_its_teachers_server(student, tmp_path, monkeypatch, capsys):  # noqa: F811
+    monkeypatch.setattr(data, "TOY_SIZES", {"train": 60, "valid": 10, "test": 20})
+    monkeypatch.setattr(data, "CACHE", tmp_path / "cache")
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    server = Server(answer=lambda text: "<Explanation>: one and two are three\n<Answer>: ( 1 + 2 )")
+    run = str(tmp_path / "run")
+    qcrd.main(["--student", student, "--out", run, *SMALL, "--teacher", "api:m", "--api-base", server.url, "--k", "2"])
+    asked = len(server.times)
+    capsys.readouterr()
+    evaluation.main(["--runs", run, "--show", "1"])
+    shown = capsys.readouterr().out
+    assert "m: ( 1 + 2 ); " in shown and "one and two are three" in shown and len(server.times) == asked
+    (tmp_path / "run" / "result.json").unlink()
+    with pytest.raises(UserError, match="run is not the directory of a finished run: --show needs one"):
+        evaluation.main(["--runs", run, "--show", "1"])
+
+
 def test_a_shown_questions_terms_by_hand(capsys):
     options = make_options(scheme="minmax", quality="relative", delta=3.0)
     rows = torch.tensor
