@@ -364,35 +364,12 @@ def load_task(name: str, data: str = DSS_ZIP, train_size: float | None = None) -
     if name == "toy":
         splits = toy_splits()
     elif task.folder:
-        splits = {}
-        with open_release(data) as release:
-            for split in ("train", "valid", "test"):
-                member = f"datasets/{task.folder}/{task.folder}_{split}.json"
-                if split == "valid" and member not in release.namelist():
-                    continue  # svamp and cqa have none
-                rows = parse_jsonl(read_member(release, member), f"{release.filename}: {member}")
-                splits[split] = [
-                    to_example(task, where, row, f"{name}-{split}-{i}") for i, (where, row) in enumerate(rows)
-                ]
-        if not all(splits.values()):
-            raise UserError(f"{data} has a split with no rows for {name}: download the file again.")
-        if "valid" not in splits:
-            splits["train"], splits["valid"] = hold_out(splits["train"], 0.1, seed=0)
-    elif not Path(name).is_file():
-        raise UserError(f"--task {name} is neither one of {', '.join(TASKS)} nor a JSON Lines file.")
+        splits = release_splits(task, data)
     else:
-        examples: dict[str, Example] = {}
-        for number, (where, row) in enumerate(parse_jsonl(read_file(Path(name)), name)):
-            example = to_example(task, where, row, f"row-{number}")
-            if example.id in examples:
-                raise UserError(f"{where}: the id {example.id[:40]!r} stands in an earlier line too: ids must differ.")
-            examples[example.id] = example
-        if len(examples) < 3:
-            raise UserError(f"{name} has {len(examples)} rows: training, validation and test need one each at least.")
-        if all(equation_value(bare_number(e.label)) is not None and not e.choices for e in examples.values()):
+        splits = own_splits(task, name)
+        labels = [e.label for split in splits.values() for e in split if not e.choices]
+        if len(labels) == sum(map(len, splits.values())) and all(map(is_number, labels)):
             task = replace(task, numeric=True, answer_format=NUMBER)
-        train, rest = hold_out(list(examples.values()), 0.2, seed=0)
-        splits = dict(zip(("train", "valid", "test"), (train, *hold_out(rest, 0.5, seed=0))))
     if train_size is not None:
         train = splits["train"]
         count = round(train_size * len(train)) if train_size <= 1 else int(train_size)
@@ -401,6 +378,47 @@ def load_task(name: str, data: str = DSS_ZIP, train_size: float | None = None) -
         order = np.random.default_rng(0).permutation(len(train))[:count]
         splits["train"] = [train[i] for i in sorted(order)]
     return task, splits
+
+
+def is_number(label: str) -> bool:
+    return equation_value(bare_number(label)) is not None
+
+
+def release_splits(task: Task, data: str) -> dict[str, list[Example]]:
+    """A task of the DSS release; where it has no validation split, a tenth of the training set is held out for it."""
+    splits: dict[str, list[Example]] = {}
+    with open_release(data) as release:
+        for split in ("train", "valid", "test"):
+            member = f"datasets/{task.folder}/{task.folder}_{split}.json"
+            if split == "valid" and member not in release.namelist():
+                continue  # svamp and cqa have none
+            splits[split] = []
+            for i, (where, row) in enumerate(
+                parse_jsonl(read_member(release, member), f"{release.filename}: {member}")
+            ):
+                splits[split].append(to_example(task, where, row, f"{task.name}-{split}-{i}"))
+    if not all(splits.values()):
+        raise UserError(f"{data} has a split with no rows for {task.name}: download the file again.")
+    if "valid" not in splits:
+        splits["train"], splits["valid"] = hold_out(splits["train"], 0.1, seed=0)
+    return splits
+
+
+def own_splits(task: Task, name: str) -> dict[str, list[Example]]:
+    """A JSON Lines file, a tenth each held out for validation and test."""
+    if not Path(name).is_file():
+        raise UserError(f"--task {name} is neither one of {', '.join(TASKS)} nor a JSON Lines file.")
+    examples: dict[str, Example] = {}
+    for number, (where, row) in enumerate(parse_jsonl(read_file(Path(name)), name)):
+        example = to_example(task, where, row, f"row-{number}")
+        if example.id in examples:
+            raise UserError(f"{where}: the id {example.id[:40]!r} stands in an earlier line too: ids must differ.")
+        examples[example.id] = example
+    if len(examples) < 3:
+        raise UserError(f"{name} has {len(examples)} rows: training, validation and test need one each at least.")
+    train, rest = hold_out(list(examples.values()), 0.2, seed=0)
+    valid, test = hold_out(rest, 0.5, seed=0)
+    return {"train": train, "valid": valid, "test": test}
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -217,7 +217,7 @@ def test_a_shown_questions_terms_by_hand(capsys):
     l, score = rows([[0.5, 0.9, 2.0, 4.0]]), rows([[0.5, 0.9, 0.25, 0.1]])
     weighed = qcrd.Batch(
         [], [["a", "b", "c", "d"]], rows([[1, 1, 2, 3]]), rows([[1.0, 0, 0, 0]]), rows([[0, 0, 0.0, 1.0]]),
-        rows([[1.2, 1.0, 0.75, 0.9]]), rows([[0, 0, 0, 0]]),
+        rows([[1.2, 1.0, 0.75, 0.9]]),
     )  # fmt: skip
     evaluation.show_loss(options, weighed, 0, l, score, rows([0.6]), rows([0.0]))
     printed = capsys.readouterr().out
