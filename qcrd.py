@@ -224,21 +224,28 @@ def contrastive_loss(
 POSITIVE, TEACHERS, STUDENTS = 1, 2, 3  # what a place of (N, R) holds: a positive, or whose negative; 0 is nothing
 
 
-def judge_loss(score: Tensor, kind: Tensor, loss: str = "paper") -> Tensor:
+def judge_terms(kind: Tensor, loss: str) -> int:
+    """Over how many terms L_D is a mean: questions that have both sides ("paper"), or all rationales ("bce")."""
+    if loss == "bce":
+        return int((kind > 0).sum())
+    return int(((kind == POSITIVE).any(1) & (kind > POSITIVE).any(1)).sum())
+
+
+def judge_loss(score: Tensor, kind: Tensor, loss: str = "paper", terms: float | None = None) -> Tensor:
     """L_D, a scalar, from D's scores (N, R) and the kind (N, R) of each rationale: 1 is a positive, more a negative.
 
-    "paper" is eq. 2, the mean over questions with both sides of -log(sum_j exp(s_pos_j) / sum_j exp(s_neg_j)); "bce" is
-    binary cross-entropy, the mean over rationales. 0 where there is nothing to take a mean of.
+    "paper" is eq. 2, the mean of -log(sum_j exp(s_pos_j) / sum_j exp(s_neg_j)); "bce" is binary cross-entropy. Both are
+    means over `terms`, by default judge_terms; a part of a batch names the whole batch's. 0 where there is none.
     """
     if loss == "bce":
         chance = torch.where(kind == POSITIVE, score, 1 - score)[kind > 0]  # that D says what is so
-        terms = -chance.clamp(min=1e-6).log()
+        total = -chance.clamp(min=1e-6).log().sum()
     else:
         both = (kind == POSITIVE).any(1) & (kind > POSITIVE).any(1)
         score, kind = score[both], kind[both]
         pos = score.masked_fill(kind != POSITIVE, -torch.inf).logsumexp(1)
-        terms = score.masked_fill(kind <= POSITIVE, -torch.inf).logsumexp(1) - pos
-    return terms.sum() / max(1, len(terms))
+        total = (score.masked_fill(kind <= POSITIVE, -torch.inf).logsumexp(1) - pos).sum()
+    return total / max(1e-9, judge_terms(kind, loss) if terms is None else terms)
 
 
 def mutual_information_loss(pred_probs: Tensor, expl_probs: Tensor) -> Tensor:
@@ -392,11 +399,11 @@ def student_losses(models: "Models", batch: Batch) -> tuple[Tensor, Tensor, Tens
     return L_pred, L_cl, L_mi, figures
 
 
-def discriminator_loss(models: "Models", batch: Batch, rows: list[int]) -> tuple[Tensor, Figures]:
-    """L_D of some rows of a batch, a scalar with gradients, and its figures."""
+def discriminator_loss(models: "Models", batch: Batch, rows: list[int], terms: float) -> tuple[Tensor, Figures]:
+    """L_D of some rows of a batch, a scalar with gradients, their sum divided by `terms`; and its figures."""
     kind = batch.kind[rows]  # (n, R)
     score = models.score([batch.questions[i] for i in rows], [batch.texts[i] for i in rows], kind > 0)
-    L_D = judge_loss(score, kind, models.options.judge_loss)
+    L_D = judge_loss(score, kind, models.options.judge_loss, terms)
     figures = {"L_judge": L_D.item()}
     for number, name in enumerate(("D pos", "D teacher neg", "D student neg"), POSITIVE):
         own = score[kind == number]
@@ -420,26 +427,34 @@ def train_step(
     with models.autocast():
         whole = weigh(models, questions, drawn)
     seen: list[Figures] = []
-    size = math.ceil(len(questions) / options.grad_accum)
-    for first in range(0, len(questions), size):
-        part = Batch._make(value[first : first + size] for value in whole)
+    for rows in parts(list(range(len(questions))), options.grad_accum):
+        part, share = Batch._make(value[rows[0] : rows[-1] + 1] for value in whole), len(rows) / len(questions)
         with models.autocast():
             L_pred, L_cl, L_mi, figures = student_losses(models, part)
-        total = options.alpha1 * L_pred + options.alpha2 * L_cl + options.mi_weight * L_mi
-        check_finite(total, step, part.questions)
-        (total * len(part.questions) / len(questions)).backward()
+        student_total = options.alpha1 * L_pred + options.alpha2 * L_cl + options.mi_weight * L_mi
+        check_finite(student_total, step, part.questions)
+        (share * student_total).backward()
         seen.append(figures)
-    rows = judged_rows(questions, options, step) if models.judge is not None else []
-    if (whole.kind[rows] > 0).any():
+    judged = judged_rows(questions, options, step) if models.judge is not None else []
+    terms = judge_terms(whole.kind[judged], options.judge_loss)
+    for rows in parts(judged, options.grad_accum) if terms else []:
+        share = len(rows) / len(judged)
         with models.autocast():
-            L_D, figures = discriminator_loss(models, whole, rows)
+            L_D, figures = discriminator_loss(models, whole, rows, terms * share)
         check_finite(L_D, step, questions)
-        (options.alpha3 * ALPHA3_DECAY**round_ * L_D).backward()
+        (share * options.alpha3 * ALPHA3_DECAY**round_ * L_D).backward()
         seen.append(figures)
+    if terms:
         update(optimizers[1])
     optimizers[0].param_groups[0]["lr"] = learning_rate(options, step)
     update(optimizers[0])
     return seen
+
+
+def parts(rows: list[int], count: int) -> list[list[int]]:
+    """Rows in at most `count` parts of like size."""
+    size = math.ceil(len(rows) / count)
+    return [rows[first : first + size] for first in range(0, len(rows), size)]
 
 
 def update(optimizer: torch.optim.Optimizer) -> None:

@@ -18,6 +18,7 @@ from qcrd import (
     contrastive_loss,
     judge_auc,
     judge_loss,
+    judge_terms,
     mutual_information_loss,
     quality_weights,
     self_consistency,
@@ -145,6 +146,7 @@ def test_eq_2_is_the_log_ratio_of_sums_of_exponentials():
     score = tensor([[0.9, 0.4, 0.2], [0.8, 0.0, 0.0]])  # question 1 does not count
     expected = -math.log((math.exp(0.9) + math.exp(0.4)) / math.exp(0.2))
     assert judge_loss(score, KIND, "paper").item() == pytest.approx(expected)
+    assert judge_terms(KIND, "paper") == 1 and judge_terms(KIND, "bce") == 4
 
 
 def test_eq_2_does_not_see_a_shift_of_all_scores_and_bce_does():
@@ -155,6 +157,15 @@ def test_eq_2_does_not_see_a_shift_of_all_scores_and_bce_does():
     assert at(0.0, "bce") == pytest.approx(-(math.log(0.5) + math.log(0.7)) / 2)
     assert at(0.2, "bce") == pytest.approx(-(math.log(0.7) + math.log(0.5)) / 2)
     assert at(0.3, "bce") == pytest.approx(-(math.log(0.8) + math.log(0.4)) / 2)
+
+
+@pytest.mark.parametrize("loss", ["paper", "bce"])
+def test_parts_of_a_batch_add_up_to_its_judge_loss(loss):
+    torch.manual_seed(0)
+    score, kind = torch.rand(6, 3), torch.randint(4, (6, 3))
+    terms = judge_terms(kind, loss)
+    parts = [judge_loss(score[i : i + 2], kind[i : i + 2], loss, terms) for i in (0, 2, 4)]
+    assert sum(parts).item() == pytest.approx(judge_loss(score, kind, loss).item())
 
 
 @pytest.mark.parametrize("loss", ["paper", "bce"])

@@ -166,7 +166,7 @@ def test_l_cl_trains_the_student_and_not_the_discriminator():
 def test_only_a_shared_encoder_lets_l_d_shape_the_student(judge, trains_encoder):
     models = small_models(make_options(judge=judge))
     batch, drawn = a_batch()
-    discriminator_loss(models, weigh(models, batch, drawn), [0, 2, 3])[0].backward()
+    discriminator_loss(models, weigh(models, batch, drawn), [0, 2, 3], 5)[0].backward()
     encoder = [
         p.grad.abs().sum().item() if p.grad is not None else 0 for p in models.student.get_encoder().parameters()
     ]
