@@ -1099,7 +1099,9 @@ DSS_ON_TOY = "dss has accuracy 0.722 and validity 0.346 here, means of five seed
 
 def how_to_read(options: Options, argv: list[str]) -> str:
     """What the figures of a finished run are to be compared with."""
-    if options.task == "toy" and options.student == "tiny" and options.train_size is None:
+    same = ("task", "student", "train_size", "labels", "teacher", "k", "toy_errors", "rounds", "batch_size")
+    usual = fill_in(Options())
+    if all(getattr(options, name) == getattr(usual, name) for name in same):
         return f"accuracy: right labels; validity: rationales with every step right. To compare: {DSS_ON_TOY}."
     other = "finetune" if options.method == "dss" else "dss"
     command = ["python", "qcrd.py", *argv, "--method", other]

@@ -390,6 +390,8 @@ def test_the_sampling_scheme_draws_the_same_with_the_same_seed(student, tmp_path
 def test_a_finished_run_says_what_to_compare_its_figures_with():
     toy = qcrd.how_to_read(qcrd.parse_options([]), [])
     assert "dss" in toy and "validity" in toy
+    noisier = ["--toy-errors", "0.6"]  # where dss has other figures
+    assert qcrd.how_to_read(qcrd.parse_options(noisier), noisier).endswith("qcrd.py --toy-errors 0.6 --method dss")
     given = ["--task", "svamp", "--student", "t5-small", "--out", "my run"]
     told = qcrd.how_to_read(qcrd.parse_options(given), given)
     assert told.endswith(
