@@ -164,6 +164,20 @@ def test_studies_print_differences_and_are_drawn_from_their_results(tmp_path, mo
 
 
 @pytest.mark.parametrize(
+    ("argv", "sentence"),
+    [
+        (["--study", "methods", "size2"], "--study size2 is not one of methods, ablation"),
+        (["--study", "noise", "--task", "svamp"], "--study noise needs --task toy"),
+        (["--study", "methods", "--seeds", "0"], "--seeds and --jobs must be at least 1"),
+        ([], "nothing to do: name --runs"),
+    ],
+)
+def test_what_cannot_be_studied_is_refused(argv, sentence):
+    with pytest.raises(UserError, match=sentence):
+        evaluation.main(argv)
+
+
+@pytest.mark.parametrize(
     "changes",
     [
         (),
@@ -231,7 +245,7 @@ def test_a_shown_questions_terms_by_hand(capsys):
 
 def test_the_readme_names_the_line_of_every_function_on_its_map():
     code = (ROOT / "qcrd.py").read_text().split("\n")
-    rows = re.findall(r"\| `(\w+)` \| (\d+) \|", (ROOT / "README.md").read_text())
+    rows = re.findall(r"\| `(\w+)` \| (\d+)", (ROOT / "README.md").read_text())
     assert len(rows) >= 10
     for name, line in rows:
         assert re.match(rf"(def|class) {name}\b", code[int(line) - 1]), f"{name} is not at line {line} of qcrd.py"
