@@ -66,7 +66,7 @@ STUDIES: dict[str, dict[str, str]] = {
         "+ negatives (NK)": "--judge none",
         "+ quality judge (QJ): qcrd": "",
     },
-    "quality": {"relative: qcrd": "", "printed, eq. 6": "--quality printed"},
+    "quality": {"qcrd, relative": "", "qcrd, eq. 6 as printed": "--quality printed"},
     "noise": {
         f"{m}, {e:.0%}": f"{o} --toy-errors {e}".strip() if e != 0.4 else o
         for e in (0, 0.4, 0.6) for m, o in (("dss", "--method dss"), ("ED", "--negatives none --judge none"), ("qcrd", ""))
@@ -399,7 +399,11 @@ def draw_lines(axes: Any, x_label: str, y_label: str, lines: dict[str, Any]) -> 
 
 
 def save_picture(figure: Any, path: Path) -> None:
-    figure.savefig(path, dpi=150)
+    import matplotlib
+
+    # as text and without a date, so that an SVG is small and the same figures give the same file
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": path.stem}):
+        figure.savefig(path, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None)
     print(f"Drawn: {path}")
 
 
