@@ -451,24 +451,11 @@ def train_step(
     return seen
 
 
-def parts(rows: list[int], count: int) -> list[list[int]]:
-    """Rows in at most `count` parts of like size."""
-    size = math.ceil(len(rows) / count)
-    return [rows[first : first + size] for first in range(0, len(rows), size)]
-
-
 def update(optimizer: torch.optim.Optimizer) -> None:
     """One step on the gradients that have gathered, clipped at norm 1: student and D apart, so that neither steers
     the other's step."""
     torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0)
     optimizer.step()
-
-
-def check_finite(loss: Tensor, step: int, questions: list[Question]) -> None:
-    """UserError, with the step and its first questions, for a loss that training cannot go on from."""
-    if not torch.isfinite(loss):
-        at = f"step {step} ({', '.join(q.example.id for q in questions[:5])})"
-        raise UserError(f"the loss is {loss.item()} at {at}: lower --lr or use --precision fp32.")
 
 
 def judged_rows(questions: list[Question], options: Options, step: int) -> list[int]:
@@ -525,14 +512,6 @@ def negatives_of(models: "Models", questions: list[Question], round_: int, run: 
         write_jsonl(path, ({"id": id, "output": text} for id, text in zip(asked, texts, strict=True)))
     source = run / "negatives" / f"round-{source_round(round_, lag):03d}.jsonl"
     return {row["id"]: row["output"] for _, row in data.parse_jsonl(data.read_file(source), str(source))}
-
-
-def rationale_limit(models: "Models", questions: list[Question]) -> int:
-    """Tokens after which a sampled rationale is cut: hot samples rarely end by themselves, and a tail that is longer
-    than nine in ten of the teacher's rationales costs time and teaches nothing."""
-    texts = [text for q in questions[:1000] for text in q.positives]
-    longest = models.options.max_target
-    return min(longest, int(np.quantile(models.lengths(texts), 0.9))) if texts else longest
 
 
 def corrupt(rng: random.Random, text: str, words: Sequence[str]) -> str:
@@ -782,6 +761,19 @@ def load_models(options: Options) -> Models:
     return Models(student, tokenizer, judge, options)
 
 
+def parts(rows: list[int], count: int) -> list[list[int]]:
+    """Rows in at most `count` parts of like size."""
+    size = math.ceil(len(rows) / count)
+    return [rows[first : first + size] for first in range(0, len(rows), size)]
+
+
+def check_finite(loss: Tensor, step: int, questions: list[Question]) -> None:
+    """UserError, with the step and its first questions, for a loss that training cannot go on from."""
+    if not torch.isfinite(loss):
+        at = f"step {step} ({', '.join(q.example.id for q in questions[:5])})"
+        raise UserError(f"the loss is {loss.item()} at {at}: lower --lr or use --precision fp32.")
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Scoring: a round's figures, D's AUC, label accuracy
 
@@ -838,6 +830,14 @@ def judge_auc(models: Models, questions: list[Question]) -> float:
             sides[data.is_valid(q.example, text) if q.example.story else text in q.positives].append(score)
         wins += [(a > b) + (a == b) / 2 for a in sides[True] for b in sides[False]]
     return sum(wins) / len(wins) if wins else math.nan
+
+
+def rationale_limit(models: "Models", questions: list[Question]) -> int:
+    """Tokens after which a sampled rationale is cut: hot samples rarely end by themselves, and a tail that is longer
+    than nine in ten of the teacher's rationales costs time and teaches nothing."""
+    texts = [text for q in questions[:1000] for text in q.positives]
+    longest = models.options.max_target
+    return min(longest, int(np.quantile(models.lengths(texts), 0.9))) if texts else longest
 
 
 def label_limit(models: Models, examples: list[Example]) -> int:
