@@ -788,13 +788,13 @@ def round_means(seen: list[Figures]) -> dict[str, float]:
 
 
 def judge_check(models: Models, questions: list[Question], means: dict[str, float]) -> dict[str, float]:
-    """D's AUC on held-out questions, and a warning where D is of no use; nothing without D."""
+    """D's AUC on held-out questions, and a warning where D is of no use; nothing without D or without a pair."""
     if models.judge is None:
         return {}
     auc = judge_auc(models, questions)
     if auc < 0.55 or max(means.get("D pos", 1), means.get("D teacher neg", 1)) < 0.05:
         tqdm.write("warning: the discriminator is near chance, or its scores have collapsed: lower --judge-lr.")
-    return {"D auc": auc}
+    return {} if math.isnan(auc) else {"D auc": auc}
 
 
 COLUMNS = {

@@ -17,6 +17,7 @@ from qcrd import (
     choose,
     contrastive_loss,
     judge_auc,
+    judge_check,
     judge_loss,
     judge_terms,
     mutual_information_loss,
@@ -253,3 +254,4 @@ def test_auc_of_the_discriminator_by_hand():
     ]
     assert judge_auc(models, questions) == pytest.approx(2.5 / 5)
     assert math.isnan(judge_auc(models, questions[2:]))
+    assert judge_check(models, questions[2:], {}) == {}  # NaN is no JSON
