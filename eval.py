@@ -18,7 +18,7 @@ import subprocess
 import sys
 import textwrap
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -196,6 +196,12 @@ def study(options: Options, name: str) -> list[dict[str, Any]]:
         table.append(line)
     write_table(table, study_path(options, name))
     return table
+
+
+def measured(options: Options, rows: Iterable[str]) -> list[str]:
+    """Which of "accuracy" and "validity" some row has."""
+    results = [results_of(options, row)[0] for row in rows]
+    return [key for key in ("accuracy", "validity") if any(key in result for result in results)]
 
 
 def study_path(options: Options, name: str) -> Path:
@@ -449,10 +455,10 @@ def plot_differences(options: Options, names: list[str]) -> None:
     """Every row's difference to dss with its 95% interval, accuracy and validity side by side."""
     rows = {row: label for name in reversed(names) for label, row in reversed(STUDIES[name].items())}
     rows = {row: label for row, label in rows.items() if row != baseline_of(row)}
-    figure, both = panels(
-        2, 1.6 + 0.35 * len(rows), f"Difference to dss in points, 95% intervals, {options.seeds} seeds"
-    )
-    for axes, key, (color, _) in zip(both, ("accuracy", "validity"), STYLES):
+    keys = measured(options, rows)
+    title = f"Difference to dss in points, 95% intervals, {options.seeds} seeds"
+    figure, both = panels(len(keys), 1.6 + 0.35 * len(rows), title)
+    for axes, key, (color, _) in zip(both, keys, STYLES):
         for y, row in enumerate(rows):
             if key in (found := differences(options, row)):
                 axes.errorbar(found[key][0], y, xerr=found[key][1], fmt="o", color=color, capsize=4)
@@ -465,8 +471,9 @@ def plot_differences(options: Options, names: list[str]) -> None:
 
 def plot_shares(options: Options, name: str, x_label: str) -> None:
     """A study whose rows are "method, share": accuracy and validity against the share (size: the paper's Fig. 4)."""
-    figure, both = panels(2, 4, f"{Path(options.task).stem}, {options.seeds} seeds; bars: standard error")
-    for axes, key in zip(both, ("accuracy", "validity")):
+    keys = measured(options, STUDIES[name].values())
+    figure, both = panels(len(keys), 4, f"{Path(options.task).stem}, {options.seeds} seeds; bars: standard error")
+    for axes, key in zip(both, keys):
         lines: dict[str, tuple[list[float], ...]] = {}
         for label, row in STUDIES[name].items():
             method, share = label.split(", ")

@@ -160,7 +160,13 @@ def test_studies_print_differences_and_are_drawn_from_their_results(tmp_path, mo
     assert "| qcrd | 70.0 ± 10.0 | 70.0 ± 10.0 | +15.0 [-48.6, +78.6] | +15.0 [-48.6, +78.6] |" in printed
     assert "| dss, 60% | 55.0 ± 5.0 | 55.0 ± 5.0 |  |  |" in printed
     for name in ("methods", "noise", "size"):
-        assert "<svg" in (tmp_path / "runs" / "studies" / f"{name}-toy-tiny.svg").read_text()
+        assert "validity" in (tmp_path / "runs" / "studies" / f"{name}-toy-tiny.svg").read_text()
+    for file in tmp_path.rglob("result.json"):  # as on a task whose rationales cannot be checked
+        file.write_text(json.dumps({"accuracy": 0.5}))
+    evaluation.studies(options)
+    for name in ("methods", "noise", "size"):
+        picture = (tmp_path / "runs" / "studies" / f"{name}-toy-tiny.svg").read_text()
+        assert "accuracy" in picture and "validity" not in picture
 
 
 @pytest.mark.parametrize(
