@@ -809,7 +809,7 @@ def table_row(row: dict[str, Any], header: bool) -> str:
     cells = []
     for name in COLUMNS:
         value = row.get(name, "-")
-        cells.append(f"{value:7.{0 if value >= 100 else 3}f}" if isinstance(value, float) else f"{value:>7}")
+        cells.append(f"{value:7.{0 if value >= 20 else 3}f}" if isinstance(value, float) else f"{value:>7}")
     names = "".join(f"{name:>7}" for name in COLUMNS.values())
     return (names + "\n" if header else "") + "".join(cells)
 
