@@ -244,9 +244,8 @@ def parse_output(task: Task, example: Example, output: str) -> tuple[str, str | 
     text = OPENING.sub("", text, count=1).strip()
     markers = list(MARKER.finditer(text))
     rationale = (text[: markers[0].start()] if markers else text).strip()
-    tails = [text[m.end() :].strip() for m in reversed(markers[-20:])] or [
-        text
-    ]  # the last marker that gives an answer wins
+    # the last marker that gives an answer wins
+    tails = [text[m.end() :].strip() for m in reversed(markers[-20:])] or [text]
     for tail in tails:
         if task.numeric:
             answer = find_number(tail.split("\n")[0], last=not markers)
@@ -392,11 +391,8 @@ def release_splits(task: Task, data: str) -> dict[str, list[Example]]:
             member = f"datasets/{task.folder}/{task.folder}_{split}.json"
             if split == "valid" and member not in release.namelist():
                 continue  # svamp and cqa have none
-            splits[split] = []
-            for i, (where, row) in enumerate(
-                parse_jsonl(read_member(release, member), f"{release.filename}: {member}")
-            ):
-                splits[split].append(to_example(task, where, row, f"{task.name}-{split}-{i}"))
+            rows = enumerate(parse_jsonl(read_member(release, member), f"{release.filename}: {member}"))
+            splits[split] = [to_example(task, where, row, f"{task.name}-{split}-{i}") for i, (where, row) in rows]
     if not all(splits.values()):
         raise UserError(f"{data} has a split with no rows for {task.name}: download the file again.")
     if "valid" not in splits:
@@ -621,30 +617,21 @@ Question: Omar baked 5 trays of 8 rolls and ate 2 rolls. How many rolls are left
 SHOTS = {
     EQUATION: SUMS,
     NUMBER: SUMS,
-    RELATION: """Question: A woman plays the violin on a stage.
+    RELATION: f"""Question: A woman plays the violin on a stage.
 Hypothesis: Somebody makes music.
-Answer Choices:
-(a) entailment
-(b) neutral
-(c) contradiction
+Answer Choices:{lettered(NLI)}
 <Explanation>: Who plays the violin makes music, so the hypothesis must be true.
 <Answer>: (a) entailment
 
 Question: Two boys run across a field.
 Hypothesis: The boys are late for school.
-Answer Choices:
-(a) entailment
-(b) neutral
-(c) contradiction
+Answer Choices:{lettered(NLI)}
 <Explanation>: They may run for any reason, so the hypothesis can be true or false.
 <Answer>: (b) neutral
 
 Question: A cat sleeps on the sofa.
 Hypothesis: The cat is chasing a bird.
-Answer Choices:
-(a) entailment
-(b) neutral
-(c) contradiction
+Answer Choices:{lettered(NLI)}
 <Explanation>: A cat that sleeps chases nothing, so the hypothesis must be false.
 <Answer>: (c) contradiction
 

@@ -182,16 +182,13 @@ def study(options: Options, name: str) -> list[dict[str, Any]]:
     figures = PAPER.get((name, options.student), [()] * len(rows))
     table = []
     for (label, row), paper in zip(rows.items(), figures, strict=True):
-        results, compared = results_of(options, row), differences(options, row)
+        results = results_of(options, row)
         line: dict[str, Any] = {name: label}
-        for key in ("accuracy", "validity", "D auc"):
-            if key in results[0]:
-                line[key] = "{:.1f} ± {:.1f}".format(*summary([r[key] for r in results]))
-        for key in ("accuracy", "validity"):
-            gain, half = compared.get(key, (math.nan, math.nan))
-            line[f"{key} - dss, 95%"] = (
-                f"{gain:+.1f} [{gain - half:+.1f}, {gain + half:+.1f}]" if key in compared else ""
-            )
+        for figure in ("accuracy", "validity", "D auc"):
+            if figure in results[0]:
+                line[figure] = "{:.1f} ± {:.1f}".format(*summary([r[figure] for r in results]))
+        for key, (gain, half) in differences(options, row).items():
+            line[f"{key} - dss, 95%"] = f"{gain:+.1f} [{gain - half:+.1f}, {gain + half:+.1f}]"
         line["paper"] = dict(zip(PAPER_TASKS, paper)).get(options.task)
         table.append(line)
     write_table(table, study_path(options, name))
@@ -455,13 +452,14 @@ def plot_differences(options: Options, names: list[str]) -> None:
     """Every row's difference to dss with its 95% interval, accuracy and validity side by side."""
     rows = {row: label for name in reversed(names) for label, row in reversed(STUDIES[name].items())}
     rows = {row: label for row, label in rows.items() if row != baseline_of(row)}
-    keys = measured(options, rows)
+    keys, found = measured(options, rows), [differences(options, row) for row in rows]
     title = f"Difference to dss in points, 95% intervals, {options.seeds} seeds"
     figure, both = panels(len(keys), 1.6 + 0.35 * len(rows), title)
     for axes, key, (color, _) in zip(both, keys, STYLES):
-        for y, row in enumerate(rows):
-            if key in (found := differences(options, row)):
-                axes.errorbar(found[key][0], y, xerr=found[key][1], fmt="o", color=color, capsize=4)
+        for y, difference in enumerate(found):
+            if key in difference:
+                gain, half = difference[key]
+                axes.errorbar(gain, y, xerr=half, fmt="o", color=color, capsize=4)
         axes.axvline(0, color="#000000", linewidth=1)
         axes.set(xlabel=f"{key} - dss", yticks=range(len(rows)), ylim=(-0.7, len(rows) - 0.3))
         axes.set_yticklabels(rows.values() if axes is both[0] else [])

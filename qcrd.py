@@ -333,10 +333,14 @@ class Batch(NamedTuple):
     weight: Tensor  # (N, R), quality weights
 
 
-def lay_out(rows: list[list[int]]) -> Tensor:
-    """Rows of numbers as one tensor (N, R), filled up with 0."""
-    width = max(map(len, rows), default=0)
-    return torch.tensor([row + [0] * (width - len(row)) for row in rows], dtype=torch.long)
+def lay_out(groups: list[tuple[list[str], list[str], list[str]]]) -> tuple[list[list[str]], Tensor]:
+    """Texts, and the kind (N, R) of each, of questions' positives, teacher's negatives and student's negatives."""
+    texts, kinds = [], []
+    for positives, teachers, students in groups:
+        texts.append(positives + teachers + students)
+        kinds.append([POSITIVE] * len(positives) + [TEACHERS] * len(teachers) + [STUDENTS] * len(students))
+    width = max(map(len, kinds), default=0)
+    return texts, torch.tensor([row + [0] * (width - len(row)) for row in kinds], dtype=torch.long)
 
 
 @torch.no_grad()
@@ -347,12 +351,9 @@ def weigh(models: "Models", questions: list[Question], drawn: dict[str, str]) ->
     so that all are read here, and only the chosen ones again in `student_losses`.
     """
     options = models.options
-    texts, kinds = [], []
-    for q in questions:
-        own = list(filter(None, [drawn.get(q.example.id)]))
-        texts.append(q.positives + q.negatives + own)
-        kinds.append([POSITIVE] * len(q.positives) + [TEACHERS] * len(q.negatives) + [STUDENTS] * len(own))
-    kind = lay_out(kinds).to(models.device)
+    own = [list(filter(None, [drawn.get(q.example.id)])) for q in questions]
+    texts, kind = lay_out([(q.positives, q.negatives, students) for q, students in zip(questions, own, strict=True)])
+    kind = kind.to(models.device)
     is_pos, is_neg = kind == POSITIVE, kind > POSITIVE
     l = torch.zeros(kind.shape, device=models.device)
     compared = is_neg | (is_pos & (is_pos.sum(1, keepdim=True) > 1))  # an only positive is chosen at any l
@@ -431,7 +432,7 @@ def train_step(
         part, share = Batch._make(value[rows[0] : rows[-1] + 1] for value in whole), len(rows) / len(questions)
         with models.autocast():
             L_pred, L_cl, L_mi, figures = student_losses(models, part)
-        student_total = options.alpha1 * L_pred + options.alpha2 * L_cl + options.mi_weight * L_mi
+        student_total = options.alpha1 * L_pred + options.alpha2 * L_cl + options.mi_weight * L_mi  # eq. 8, but for L_D
         check_finite(student_total, step, part.questions)
         (share * student_total).backward()
         seen.append(figures)
@@ -442,7 +443,7 @@ def train_step(
         with models.autocast():
             L_D, figures = discriminator_loss(models, whole, rows, terms * share)
         check_finite(L_D, step, questions)
-        (share * options.alpha3 * ALPHA3_DECAY**round_ * L_D).backward()
+        (share * options.alpha3 * ALPHA3_DECAY**round_ * L_D).backward()  # eq. 8's last term
         seen.append(figures)
     if terms:
         update(optimizers[1])
@@ -531,12 +532,12 @@ def pretrain_judge(models: "Models", questions: list[Question], optimizer: torch
     words = [word for q in known[:1000] for word in q.positives[0].split()]
     for _ in tqdm(range(options.judge_steps if known else 0), desc="discriminator", unit="step", leave=False):
         batch = rng.sample(known, min(judge_batch(options), len(known)))
-        texts, kinds = [], []
+        groups: list[tuple[list[str], list[str], list[str]]] = []
         for q in batch:
             made = [corrupt(rng, rng.choice(q.positives), words) for _ in q.positives[len(q.negatives) :]]
-            texts.append(q.positives + q.negatives + made)
-            kinds.append([POSITIVE] * len(q.positives) + [TEACHERS] * (len(q.negatives) + len(made)))
-        kind = lay_out(kinds).to(models.device)
+            groups.append((q.positives, q.negatives + made, []))
+        texts, kind = lay_out(groups)
+        kind = kind.to(models.device)
         with models.autocast():
             score = models.score(batch, texts, kind > 0)
         models.parts.zero_grad()
@@ -820,9 +821,9 @@ def judge_auc(models: Models, questions: list[Question]) -> float:
     Good is what the exact check says where there is one (toy), else what the vote said. NaN without a pair.
     """
     held_out = [q for q in questions if q.held_out][:200]
-    texts = [q.positives + q.negatives for q in held_out]
+    texts, kind = lay_out([(q.positives, q.negatives, []) for q in held_out])
     with models.constant(), models.autocast():
-        scores = models.score(held_out, texts, lay_out([[1] * len(own) for own in texts]) > 0).tolist()
+        scores = models.score(held_out, texts, kind > 0).tolist()
     wins = []
     for q, own, row in zip(held_out, texts, scores, strict=True):
         sides: dict[bool | None, list[float]] = {True: [], False: []}

@@ -91,7 +91,7 @@ def test_groups_of_like_length_equal_a_loop_over_single_sequences(size, kind):
     models.group_size = size
     batch, _ = a_batch(1)
     texts = [q.positives + q.negatives for q in batch]
-    where = qcrd.lay_out([[1] * len(own) for own in texts]) > 0
+    where = qcrd.lay_out([(own, [], []) for own in texts])[1] > 0
     together = models.loss_of(models.encode([f"explain: {q.example.input}" for q in batch]), texts, where)
     for i, own in enumerate(texts):
         alone = [slow_nll(models, "explain:", batch[i].example.input, text).item() for text in own]
@@ -205,8 +205,9 @@ def test_a_negative_beyond_the_margin_gives_the_student_no_gradient():
 
 
 def test_rows_of_unlike_length_are_laid_out_with_zeros():
-    assert qcrd.lay_out([[1, 1, 2], [], [3]]).tolist() == [[1, 1, 2], [0, 0, 0], [3, 0, 0]]
-    assert qcrd.lay_out([[], []]).shape == (2, 0)
+    texts, kind = qcrd.lay_out([(["a", "b"], ["c"], []), ([], [], []), ([], [], ["d"])])
+    assert kind.tolist() == [[1, 1, 2], [0, 0, 0], [3, 0, 0]] and texts == [["a", "b", "c"], [], ["d"]]
+    assert qcrd.lay_out([([], [], []), ([], [], [])])[1].shape == (2, 0)
 
 
 @pytest.mark.parametrize("judge", ["own", "shared"])
