@@ -19,7 +19,7 @@ import urllib.request
 import zipfile
 import zlib
 from collections.abc import Callable, Hashable, Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -807,14 +807,10 @@ def ask_api(requests: list[Request], chat: Callable[[Example], Chat], name: str,
         raise UserError(f"--teacher api:{name} gave {problem} {API_TRIES} times: start again when it is back.")
 
     over, pool = threading.Event(), ThreadPoolExecutor(options.api_concurrency)
-    left = iter(requests)
     try:
-        under_way = {pool.submit(one, request): request for request in islice(left, options.api_concurrency)}
-        while under_way:
-            for future in wait(under_way, return_when=FIRST_COMPLETED).done:
-                yield under_way.pop(future), future.result()
-                # only now, when the sample is in the cache: a kill loses the requests under way and no more
-                under_way |= {pool.submit(one, request): request for request in islice(left, 1)}
+        answers = {pool.submit(one, request): request for request in requests}
+        for answer in as_completed(answers):
+            yield answers[answer], answer.result()
     finally:
         over.set()
         pool.shutdown(wait=False, cancel_futures=True)
@@ -880,52 +876,48 @@ def palm_outputs(task: Task, data: str) -> Iterator[tuple[str, str, int, str]]:
     with open_release(data) as release:
         members = [n for n in release.namelist() if n.startswith(f"datasets/{task.folder}/llm/train_CoT_")]
         members.sort(key=lambda name: int(re.findall(r"\d+", name)[-1]))
-        i = 0
-        for member in members:
-            try:
-                outputs = json.loads(read_member(release, member))
-            except ValueError as error:
-                raise UserError(f"{release.filename}: {member} is no JSON array ({error}): download the file again.")
-            for output in outputs:
-                yield f"{task.name}-train-{i}", "palm-540b", 0, str(output)
-                i += 1
+        outputs = [output for member in members for output in json.loads(read_member(release, member))]
+    for i, output in enumerate(outputs):
+        yield f"{task.name}-train-{i}", "palm-540b", 0, str(output)
+
+
+def outputs_of(
+    teacher: str, task: Task, examples: list[Example], options: Any
+) -> Iterable[tuple[str, str, int, str]]:  # fmt: skip
+    """(id, teacher, sample, output) of one --teacher; what is missing of a model's is asked for."""
+    if teacher == "own":
+        own = [e for e in examples if e.rationale]
+        return [(e.id, "own", 0, f"<Explanation>: {e.rationale}\n<Answer>: {e.label}") for e in own]
+    if teacher == "palm":
+        if not task.folder:
+            raise UserError(f"--teacher palm has no samples for task {task.name}: name another teacher.")
+        return palm_outputs(task, options.data)
+    if Path(teacher).is_file():
+        return read_samples(Path(teacher))
+    cache = Cache(cache_path(task, teacher, options))
+    outputs = sampled(cache, examples, options.k or 5, teacher, partial(ask, task), options)
+    return [(id, teacher, n, output) for (id, n), output in outputs.items()]
 
 
 def collect(task: Task, examples: list[Example], teachers: list[str], options: Any) -> dict[str, list[Sample]]:
-    """The parsed samples of each training question by id, from all teachers together; what is missing is asked for."""
+    """The parsed samples of each training question by id, from all teachers together."""
     by_id = {example.id: example for example in examples}
-    k = options.k or 5
     samples: dict[str, list[Sample]] = {}
     for teacher in teachers or [default_teacher(task, examples, options)]:
-        rows: Iterable[tuple[str, str, int, str]]
-        if teacher == "own":
-            own = [e for e in examples if e.rationale]
-            rows = ((e.id, "own", 0, f"<Explanation>: {e.rationale}\n<Answer>: {e.label}") for e in own)
-        elif teacher == "palm":
-            if not task.folder:
-                raise UserError(f"--teacher palm has no samples for task {task.name}: name another teacher.")
-            rows = palm_outputs(task, options.data)
-        elif Path(teacher).is_file():
-            rows = read_samples(Path(teacher))
-        else:
-            cache = Cache(cache_path(task, teacher, options))
-            outputs = sampled(cache, examples, k, teacher, partial(ask, task), options)
-            rows = ((id, teacher, n, output) for (id, n), output in outputs.items())
-        seen: set[tuple[str, str, int]] = set()
-        for id, name, sample, output in rows:
-            if id in by_id and (id, name, sample) not in seen:
-                seen.add((id, name, sample))
-                samples.setdefault(id, []).append(Sample(name, *parse_output(task, by_id[id], output)))
-        if not seen:
+        outputs: dict[tuple[str, str, int], str] = {}  # the first of duplicates counts
+        for id, name, n, output in outputs_of(teacher, task, examples, options):
+            if id in by_id:
+                outputs.setdefault((id, name, n), output)
+        if not outputs:
             raise UserError(
                 f"--teacher {teacher} has no sample of {task.name}: ids must match, such as {examples[0].id!r}."
             )
-    if options.k:
-        most = max(map(len, samples.values()))
-        if options.k > most:
-            raise UserError(f"--k {options.k} asks for more samples than there are: name 1 to {most}.")
-        samples = {id: own[: options.k] for id, own in samples.items()}
-    return samples
+        for (id, name, _), output in outputs.items():
+            samples.setdefault(id, []).append(Sample(name, *parse_output(task, by_id[id], output)))
+    most = max(map(len, samples.values()))
+    if options.k and options.k > most:
+        raise UserError(f"--k {options.k} asks for more samples than there are: name 1 to {most}.")
+    return {id: own[: options.k] for id, own in samples.items()}
 
 
 def default_teacher(task: Task, examples: list[Example], options: Any) -> str:

@@ -176,20 +176,21 @@ def differences(options: Options, row: str) -> dict[str, tuple[float, float]]:
     return {key: paired_difference(ours, theirs, key) for key in both}
 
 
-def study(options: Options, name: str) -> list[dict[str, Any]]:
+FIGURES = ("accuracy", "validity", "D auc", "accuracy - dss, 95%", "validity - dss, 95%", "paper")
+
+
+def study(options: Options, name: str) -> list[dict[str, str]]:
     """Print the table of a study whose runs are there, and write it to runs/studies/ as Markdown and CSV."""
-    rows = STUDIES[name]
-    figures = PAPER.get((name, options.student), [()] * len(rows))
-    table = []
-    for (label, row), paper in zip(rows.items(), figures, strict=True):
+    rows, table = STUDIES[name], []
+    for (label, row), published in zip(rows.items(), PAPER.get((name, options.student), [()] * len(rows)), strict=True):
+        line = {name: label} | dict.fromkeys(FIGURES, "")
         results = results_of(options, row)
-        line: dict[str, Any] = {name: label}
         for figure in ("accuracy", "validity", "D auc"):
             if figure in results[0]:
                 line[figure] = "{:.1f} ± {:.1f}".format(*summary([r[figure] for r in results]))
         for key, (gain, half) in differences(options, row).items():
             line[f"{key} - dss, 95%"] = f"{gain:+.1f} [{gain - half:+.1f}, {gain + half:+.1f}]"
-        line["paper"] = dict(zip(PAPER_TASKS, paper)).get(options.task)
+        line["paper"] = str(dict(zip(PAPER_TASKS, published)).get(options.task) or "")
         table.append(line)
     write_table(table, study_path(options, name))
     return table
@@ -205,18 +206,9 @@ def study_path(options: Options, name: str) -> Path:
     return Path("runs") / "studies" / f"{name}-{Path(options.task).stem}-{Path(options.student).name}"
 
 
-def write_table(table: list[dict[str, Any]], path: Path) -> None:
-    columns = [
-        next(iter(table[0])),
-        "accuracy",
-        "validity",
-        "D auc",
-        "accuracy - dss, 95%",
-        "validity - dss, 95%",
-        "paper",
-    ]
-    columns = [column for column in columns if any(line.get(column) for line in table)]
-    rows = [columns, ["---"] * len(columns), *([str(line.get(c) or "") for c in columns] for line in table)]
+def write_table(table: list[dict[str, str]], path: Path) -> None:
+    columns = [column for column in table[0] if any(line[column] for line in table)]
+    rows = [columns, ["---"] * len(columns), *([line[column] for column in columns] for line in table)]
     markdown = "".join(f"| {' | '.join(row)} |\n" for row in rows)
     path.with_suffix(".md").write_text(markdown, encoding="utf-8")
     with path.with_suffix(".csv").open("w", newline="", encoding="utf-8") as file:
@@ -244,7 +236,7 @@ def open_run(folder: str, options: Options) -> qcrd.Models:
 
 def scores_of(models: qcrd.Models, questions: Sequence[qcrd.Question], texts: Sequence[str]) -> torch.Tensor:
     """D(x, r), (N, 1), of one rationale a question, without gradients and dropout."""
-    with models.constant(), models.autocast():
+    with models.constant():
         return models.score(questions, [[text] for text in texts], torch.ones(len(texts), 1, dtype=torch.bool))
 
 
@@ -258,8 +250,7 @@ def score(folder: str, options: Options) -> dict[str, float]:
     """Label accuracy on the test split, and of the rationales: validity, distinct-2 and mean D score; rows are saved."""
     models = open_run(folder, options)
     task, splits = data.load_task(models.options.task, models.options.data)
-    limit = qcrd.label_limit(models, splits["train"])
-    result, rows = qcrd.evaluate(models, task, splits["test"], limit, "test")
+    result, rows = qcrd.evaluate(models, task, splits, "test")
     texts = [row["rationale"] for row in rows if "rationale" in row]
     if texts:
         result["distinct-2"] = distinct_2(texts)
@@ -289,40 +280,31 @@ def show(folder: str, options: Options) -> None:
     own = models.options
     task, splits, samples, questions = qcrd.prepare(own)
     drawn = qcrd.negatives_of(models, questions, own.rounds - 1, Path(folder))
-
-    def kinds(q: qcrd.Question) -> int:
-        return bool(q.positives) + bool(q.negatives) + (q.example.id in drawn)
-
     shown = [q for q in questions if q.example.id == options.show]
-    if not shown and options.show.isdecimal():
-        shown = sorted(questions, key=kinds, reverse=True)[: int(options.show)]  # those that have all to show
+    if not shown and options.show.isdecimal():  # first those that have all kinds of rationales to show
+        richest = sorted(questions, key=lambda q: not (q.positives and q.negatives and q.example.id in drawn))
+        shown = richest[: int(options.show)]
     if not shown:
         raise UserError(f"--show {options.show}: name a count or an id, such as {questions[0].example.id}.")
-    ids = {q.example.id for q in shown}
-    batch = shown + [q for q in questions if q.example.id not in ids][: max(0, own.batch_size - len(shown))]
+    batch = shown + [q for q in questions if q not in shown][: max(0, own.batch_size - len(shown))]
+    torch.manual_seed(own.seed)
     # without a margin here, so that a negative that is chosen and beyond it is seen
     models.options = replace(own, delta=math.inf)
-    with models.autocast():
-        torch.manual_seed(own.seed)
-        weighed = qcrd.weigh(models, batch, drawn)
+    weighed = qcrd.weigh(models, batch, drawn)
     models.options = own
-    exists = weighed.kind > 0
-    l = score = torch.zeros(exists.shape, device=models.device)
-    with models.constant(), models.autocast():
-        if exists.any():
-            l = models.loss_of(models.encode([f"explain: {q.example.input}" for q in batch]), weighed.texts, exists)
+    exists, score = weighed.kind > 0, None
+    with models.constant():
+        l = models.loss_of(models.encode([f"explain: {q.example.input}" for q in batch]), weighed.texts, exists)
         if models.judge is not None:
             score = models.score(batch, weighed.texts, exists)
-    _, pos, neg = qcrd.contrastive_loss(l, weighed.pos_share, weighed.neg_share, weighed.weight, own.beta, own.delta)
-    limit = qcrd.label_limit(models, splits["train"])
-    _, rows = qcrd.evaluate(models, task, [q.example for q in shown], limit, "shown")
+    _, rows = qcrd.evaluate(models, task, splits | {"shown": [q.example for q in shown]}, "shown")
     for i, (q, row) in enumerate(zip(shown, rows, strict=True)):
         print(f"\n{f' {q.example.id} ':=^100}\nQuestion")
         say(q.example.input)
         if q.example.id in samples:
             show_vote(task, q, samples[q.example.id])
         if own.positives != "none":
-            show_loss(own, weighed, i, l, score, pos, neg)
+            show_loss(own, weighed, i, l, score)
         print("The student now")
         say(f"predicts {row['label']!r}: {'right' if row['correct'] else 'wrong'}, the label is {q.example.label!r}")
         if "rationale" in row:
@@ -334,17 +316,15 @@ def show(folder: str, options: Options) -> None:
 def show_vote(task: data.Task, q: qcrd.Question, samples: list[data.Sample]) -> None:
     _, positives, negatives = qcrd.self_consistency([task.key(sample.answer) for sample in samples])
     print(f"The vote of {len(samples)} samples")
-    say("; ".join(f"{sample.teacher}: {'no answer' if sample.answer is None else sample.answer}" for sample in samples))
+    say("; ".join(f"{sample.teacher}: {sample.answer or 'no answer'}" for sample in samples))
     if positives:
         winner = samples[positives[0]].answer
         right = "right" if task.correct(winner, q.example) else f"wrong, the label is {q.example.label}"
         say(f"{len(positives)} positive, {len(negatives)} negative: {winner} wins, which is {right}")
 
 
-def show_loss(
-    own: qcrd.Options, weighed: qcrd.Batch, i: int, l: torch.Tensor, score: torch.Tensor, pos: torch.Tensor, neg: torch.Tensor
-) -> None:  # fmt: skip
-    """The rationales of question i of a batch, and eqs. 3 to 7 with their numbers; l, score (N, R), pos, neg (N,)."""
+def show_loss(own: qcrd.Options, weighed: qcrd.Batch, i: int, l: torch.Tensor, score: torch.Tensor | None) -> None:
+    """The rationales of question i of a batch, and eqs. 3 to 7 with their numbers; l and score (N, R)."""
     print(
         f"Its rationales: l in nats per token under the student now (delta {own.delta:g}), D's score s, share in a term"
     )
@@ -352,30 +332,28 @@ def show_loss(
     names = {qcrd.POSITIVE: "positive", qcrd.TEACHERS: "teacher's negative", qcrd.STUDENTS: f"student's, {writer}"}
     terms: dict[int, list[str]] = {4: [], 5: []}  # by equation
     for j, text in enumerate(weighed.texts[i]):
-        kind, eq = int(weighed.kind[i, j]), 4 if weighed.kind[i, j] == qcrd.POSITIVE else 5
+        kind, weight = int(weighed.kind[i, j]), weighed.weight[i, j]
         share = weighed.pos_share[i, j] + weighed.neg_share[i, j]
-        note = [f"chosen by {qcrd.SCHEMES[own.scheme][eq - 4]}, eq. {eq}"] if share > 0 else []
-        if eq == 5 and l[i, j] >= own.delta:
-            note.append("beyond delta")
-        s = "" if own.judge == "none" else f"  s {score[i, j]:.3f}"
-        print(f"  {names[kind]:<22} l {l[i, j]:6.3f}{s}  share {share:.2f}  {'; '.join(note)}".rstrip())
-        say(text, 6)
+        eq = 4 if kind == qcrd.POSITIVE else 5
+        line = f"  {names[kind]:<22} l {l[i, j]:6.3f}"
+        line += f"  s {score[i, j]:.3f}" if score is not None else ""
+        line += f"  share {share:.2f}"
         if share > 0:
+            line += f"  chosen by {qcrd.SCHEMES[own.scheme][eq - 4]}, eq. {eq}"
             value = f"{l[i, j]:.3f}" if eq == 4 else f"min({l[i, j]:.3f} - {own.delta:g}, 0)"
-            terms[eq].append(f"{share:.2f} * {weighed.weight[i, j]:.3f} * {value}")
+            terms[eq].append(f"{share:.2f} * {weight:.3f} * {value}")
+        print(line + ("; beyond delta" if eq == 5 and l[i, j] >= own.delta else ""))
+        say(text, 6)
+    shares = weighed.pos_share, weighed.neg_share
+    pos, neg = (term[i] for term in qcrd.contrastive_loss(l, *shares, weighed.weight, own.beta, own.delta)[1:])
     print("L_cl, of share * weight * l")
-    if own.judge == "none" or own.scheme == "wmean":
-        say("every weight is 1: " + ("there is no judge" if own.judge == "none" else "quality is in the shares"))
-    else:
-        by = "s"
-        if own.quality == "relative":
-            mean = (weighed.pos_share * score).sum() / weighed.pos_share.sum().clamp(min=1e-9)
-            by = f"s / {mean:.3f}, the mean of those chosen for {len(weighed.texts)} questions"
-        say(f"weight: {by} (eq. 6); 1 - s of a negative (eq. 7)")
-    say(f"eqs. 4, 6: L_pos = {' + '.join(terms[4]) or '0, no positive'} = {pos[i]:.3f}")
-    say(f"eqs. 5, 7: L_neg = {' + '.join(terms[5]) or '0, no negative'} = {neg[i]:.3f}")
-    total = pos[i] - own.beta * neg[i]
-    say(f"eq. 3: L_cl = L_pos - beta * L_neg = {pos[i]:.3f} - {own.beta:g} * {neg[i]:.3f} = {total:.3f}")
+    if score is not None and own.scheme != "wmean":
+        mean = (shares[0] * score).sum() / shares[0].sum()
+        by = f" / {mean:.3f}, the mean of those chosen for {len(l)} questions" if own.quality == "relative" else ""
+        say(f"weight: s{by} (eq. 6); 1 - s of a negative (eq. 7)")
+    say(f"eqs. 4, 6: L_pos = {' + '.join(terms[4]) or '0, no positive'} = {pos:.3f}")
+    say(f"eqs. 5, 7: L_neg = {' + '.join(terms[5]) or '0, no negative'} = {neg:.3f}")
+    say(f"eq. 3: L_cl = L_pos - beta * L_neg = {pos:.3f} - {own.beta:g} * {neg:.3f} = {pos - own.beta * neg:.3f}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -200,11 +200,11 @@ def ours(
         nonlocal done
         began = synchronized()
         part = [batches[i % len(batches)] for i in range(done, done + steps)]
-        drawn: dict[str, str] = {}
+        drawn: qcrd.Drawn = {}
         if method == "qcrd":
             asked = [q.example for own in part for q in own]
             texts = models.generate([f"explain: {e.input}" for e in asked], limit, options.student_temperature)
-            drawn = {e.id: text for e, text in zip(asked, texts)}
+            drawn = {e.id: [text] for e, text in zip(asked, texts)}
         drawing = synchronized() - began
         for own in part:
             qcrd.train_step(models, optimizers, own, drawn, 0, done)

@@ -40,7 +40,6 @@ OPTIONS = [
     ("--toy-errors 1.5", "--toy-errors is 1.5"),
     ("--judge-every 0", "--judge-every is 0"),
     ("--judge-lr nan", "--judge-lr is nan"),
-    ("--max-input 3", "--max-input is 3"),
     ("--max-target 0", "--max-target is 0"),
     ("--train-size 0", "--train-size is 0"),
     ("--train-size 1e9", "--train-size 1e+09"),

@@ -239,7 +239,7 @@ def test_a_shown_questions_terms_by_hand(capsys):
         [], [["a", "b", "c", "d"]], rows([[1, 1, 2, 3]]), rows([[1.0, 0, 0, 0]]), rows([[0, 0, 0.0, 1.0]]),
         rows([[1.2, 1.0, 0.75, 0.9]]),
     )  # fmt: skip
-    evaluation.show_loss(options, weighed, 0, l, score, rows([0.6]), rows([0.0]))
+    evaluation.show_loss(options, weighed, 0, l, score)
     printed = capsys.readouterr().out
     assert "positive               l  0.500  s 0.500  share 1.00  chosen by min, eq. 4" in printed
     assert "student's, of round 0  l  4.000  s 0.100  share 1.00  chosen by max, eq. 5; beyond delta" in printed

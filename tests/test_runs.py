@@ -129,7 +129,7 @@ def test_the_queue_hands_a_round_the_old_students_words(tmp_path, monkeypatch):
         models, "generate", lambda *a, **k: written.append(len(written)) or [f"from student {len(written) - 1}"]
     )
     got = [qcrd.negatives_of(models, [question], t, tmp_path)["q"] for t in range(4)]
-    assert got == ["from student 0", "from student 0", "from student 0", "from student 1"]
+    assert got == [["from student 0"], ["from student 0"], ["from student 0"], ["from student 1"]]
     assert len(written) == 2  # rounds 2 and 3 write nothing, since no later round would read it
 
 
@@ -236,7 +236,7 @@ def test_a_discriminators_loss_that_is_not_finite_stops_too(monkeypatch):
     models = small_models(make_options())
     story = data.random_story(random.Random(0), 2)
     question = qcrd.Question(data.Example("toy-7", story.input(), "1", story=story), "1", ["one"], ["two"])
-    monkeypatch.setattr(qcrd, "discriminator_loss", lambda *_: (torch.tensor(torch.nan), {}))
+    monkeypatch.setattr(qcrd, "judge_loss", lambda score, *_: score.sum() * torch.nan)
     with pytest.raises(UserError, match=r"step 4 .*toy-7"):
         qcrd.train_step(models, qcrd.make_optimizers(models), [question], {}, 0, 4)
 
@@ -359,10 +359,10 @@ def test_a_round_is_a_pass_but_five_hundred_steps_at_most(monkeypatch):
 
 
 def test_a_rounds_figures_are_a_row_of_a_table_under_the_papers_symbols():
-    row = {"round": 9, "L_pred": 1.63, "L_negative": -0.00168, "D auc": 0.689, "no positive": 0, "examples/s": 1234.5}
+    row = {"round": 9, "L_pred": 1.63, "L_negative": -0.00168, "D auc": 0.689, "no positive": 0.0, "examples/s": 1234.5}
     head, line = qcrd.table_row(row, header=True).split("\n")
     assert head.split()[:4] == ["round", "L_pred", "L_pos", "L_neg"] and len(head) == len(line) <= 100
-    assert line.split() == ["9", "1.630", "-", "-0.002", "-", "-", "-", "-", "0.689", "0", "-", "1234", "-"]
+    assert line.split() == ["9", "1.630", "-", "-0.002", "-", "-", "-", "-", "0.689", "0.000", "-", "1234", "-"]
     assert qcrd.table_row(row, header=False) == line
 
 

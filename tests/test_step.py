@@ -12,10 +12,11 @@ from qcrd import SCHEMES, Models, Question, choose, contrastive_loss, discrimina
 from tests.helpers import a_student, make_options, small_models, tokenizer
 
 
-def a_batch(seed: int = 0) -> tuple[list[Question], dict[str, str]]:
+def a_batch(seed: int = 0) -> tuple[list[Question], qcrd.Drawn]:
     """Questions with 0 to 3 positives and 0 to 2 teacher negatives, and student negatives for some of them."""
     rng = random.Random(seed)
-    questions, drawn = [], {}
+    questions: list[Question] = []
+    drawn: qcrd.Drawn = {}
     for i in range(6):
         story = data.random_story(rng, rng.choice(data.EVENTS))
         example = data.Example(f"q{i}", story.input(), data.equation(story.start, story.changes()), story=story)
@@ -27,7 +28,7 @@ def a_batch(seed: int = 0) -> tuple[list[Question], dict[str, str]]:
         pos, neg = [0, 1, 2, 3, 3, 1][i], [2, 0, 1, 2, 0, 1][i]
         questions.append(Question(example, example.label, texts[:pos], texts[pos : pos + neg]))
         if i % 2:
-            drawn[example.id] = texts[-1] + " extra"
+            drawn[example.id] = [texts[-1] + " extra"]
     return questions, drawn
 
 
@@ -38,11 +39,11 @@ def slow_nll(models: Models, prefix: str, question: str, target: str) -> torch.T
     return models.student(input_ids=x, labels=y).loss
 
 
-def slow_l_cl(models: Models, batch: list[Question], drawn: dict[str, str]) -> tuple[torch.Tensor, ...]:
+def slow_l_cl(models: Models, batch: list[Question], drawn: qcrd.Drawn) -> tuple[torch.Tensor, ...]:
     """Every rationale with gradients, one call each, D on all of them, and one row a question."""
     o, terms = models.options, []
     for q in batch:
-        texts = q.positives + q.negatives + [t for id, t in drawn.items() if id == q.example.id]
+        texts = q.positives + q.negatives + drawn.get(q.example.id, [])
         l = torch.zeros(1, max(1, len(texts)))
         score = torch.full_like(l, 0.5)
         for j, text in enumerate(texts):
@@ -90,16 +91,15 @@ def test_groups_of_like_length_equal_a_loop_over_single_sequences(size, kind):
     models = Models(student, tokenizer(), None, make_options(judge="none"))
     models.group_size = size
     batch, _ = a_batch(1)
-    texts = [q.positives + q.negatives for q in batch]
-    where = qcrd.lay_out([(own, [], []) for own in texts])[1] > 0
-    together = models.loss_of(models.encode([f"explain: {q.example.input}" for q in batch]), texts, where)
+    texts, kind = qcrd.lay_out(batch, {})
+    together = models.loss_of(models.encode([f"explain: {q.example.input}" for q in batch]), texts, kind > 0)
     for i, own in enumerate(texts):
         alone = [slow_nll(models, "explain:", batch[i].example.input, text).item() for text in own]
         assert together[i, : len(own)].tolist() == pytest.approx(alone, abs=1e-4)
         assert (together[i, len(own) :] == 0).all()
 
 
-def train_one_step(models: Models, batch: list[Question], drawn: dict[str, str], step: int = 0, round_: int = 0) -> Any:
+def train_one_step(models: Models, batch: list[Question], drawn: qcrd.Drawn, step: int = 0, round_: int = 0) -> Any:
     """Gradients of one step of both optimizers, which change nothing (SGD at rate 0), and its figures."""
     models.options.lr = 0.0
     optimizers: list[torch.optim.Optimizer] = [torch.optim.SGD(models.student.parameters(), 0.0)]
@@ -136,10 +136,11 @@ def test_eq_8_and_the_decay_of_alpha_3(monkeypatch):
 def test_the_discriminator_learns_from_a_random_part_of_a_batch_and_never_from_held_out_questions():
     questions = [Question(data.Example(str(i), "x", "y"), "y", ["a"], ["b"], held_out=i % 10 == 9) for i in range(64)]
     options = make_options(batch_size=64, judge_every=2)
-    drawn = [qcrd.judged_rows(questions, options, step) for step in range(0, 40, 2)]
+    drawn = [[int(q.example.id) for q in qcrd.judged_questions(questions, options, step)] for step in range(0, 40, 2)]
     assert all(len(set(rows)) == 16 and not set(rows) & {9, 19, 29, 39, 49, 59} for rows in drawn)
     assert len(set().union(*drawn)) > 50 and drawn[0] != drawn[1]
-    assert drawn[0] == qcrd.judged_rows(questions, options, 0) and qcrd.judged_rows(questions, options, 1) == []
+    again = qcrd.judged_questions(questions, options, 0)
+    assert again == [questions[row] for row in drawn[0]] and qcrd.judged_questions(questions, options, 1) == []
 
 
 def test_choice_and_margin_are_settled_without_dropout():
@@ -166,7 +167,7 @@ def test_l_cl_trains_the_student_and_not_the_discriminator():
 def test_only_a_shared_encoder_lets_l_d_shape_the_student(judge, trains_encoder):
     models = small_models(make_options(judge=judge))
     batch, drawn = a_batch()
-    discriminator_loss(models, weigh(models, batch, drawn), [0, 2, 3], 5)[0].backward()
+    discriminator_loss(models, [batch[0], *batch[2:4]], drawn)[0].backward()
     encoder = [
         p.grad.abs().sum().item() if p.grad is not None else 0 for p in models.student.get_encoder().parameters()
     ]
@@ -200,14 +201,17 @@ def test_after_a_step_the_chosen_positive_is_likelier_and_a_negative_below_the_m
 def test_a_negative_beyond_the_margin_gives_the_student_no_gradient():
     question = a_batch()[0][2]
     lone = Question(question.example, question.label, [], question.negatives)
-    assert l_cl(small_models(make_options(delta=0.1)), lone).item() == 0
-    assert l_cl(small_models(make_options(delta=0.1)), lone).requires_grad is False
+    models = small_models(make_options(delta=0.1))
+    loss = l_cl(models, lone)
+    assert loss.item() == 0 and all((grad == 0).all() for grad in gradients(models, loss).values())
 
 
 def test_rows_of_unlike_length_are_laid_out_with_zeros():
-    texts, kind = qcrd.lay_out([(["a", "b"], ["c"], []), ([], [], []), ([], [], ["d"])])
+    sides: list[tuple[list[str], list[str]]] = [(["a", "b"], ["c"]), ([], []), ([], [])]
+    questions = [Question(data.Example(str(i), "x", "y"), "y", *side) for i, side in enumerate(sides)]
+    texts, kind = qcrd.lay_out(questions, {"2": ["d"], "elsewhere": ["e"]})
     assert kind.tolist() == [[1, 1, 2], [0, 0, 0], [3, 0, 0]] and texts == [["a", "b", "c"], [], ["d"]]
-    assert qcrd.lay_out([([], [], []), ([], [], [])])[1].shape == (2, 0)
+    assert qcrd.lay_out(questions[1:], {})[1].shape == (2, 0)
 
 
 @pytest.mark.parametrize("judge", ["own", "shared"])
