@@ -652,35 +652,36 @@ class Models:
         batch = self.tokens(targets, self.options.max_target)
         labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
         states, mask = (tensor[rows] for tensor in encoded)
-        with self.autocast():
-            output = self.student(
-                encoder_outputs=BaseModelOutput(last_hidden_state=states),
-                attention_mask=mask,
-                decoder_input_ids=self.student.prepare_decoder_input_ids_from_labels(labels),
-                use_cache=False,
-            )
+        output = self.student(
+            encoder_outputs=BaseModelOutput(last_hidden_state=states),
+            attention_mask=mask,
+            decoder_input_ids=self.student.prepare_decoder_input_ids_from_labels(labels),
+            use_cache=False,
+        )
         return output.logits.float(), labels
 
     def loss_of(self, encoded: tuple[Tensor, Tensor], texts: list[list[str]], where: Tensor) -> Tensor:
         """l(f(x), r), (N, R), in nats per token, of the texts that `where` (N, R) names; 0 elsewhere."""
         grid = torch.zeros(where.shape, device=self.device)
-        for at, targets in self.groups(texts, where):
-            logits, labels = self.logits(encoded, at[0], targets)
-            token = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view(labels.shape)
-            grid = grid.index_put(at, token.sum(1) / (labels != -100).sum(1))
+        with self.autocast():  # around all groups: inside it the weights turn to bf16 once
+            for at, targets in self.groups(texts, where):
+                logits, labels = self.logits(encoded, at[0], targets)
+                token = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view(labels.shape)
+                grid = grid.index_put(at, token.sum(1) / (labels != -100).sum(1))
         return grid
 
     def likeliest(self, encoded: tuple[Tensor, Tensor], rows: list[int], targets: list[str]) -> Tensor:
         """For MI: the max over a target's positions of the softmax, (n, V)."""
-        logits, labels = self.logits(encoded, rows, targets)
+        with self.autocast():
+            logits, labels = self.logits(encoded, rows, targets)
         return logits.softmax(2).masked_fill(labels[..., None] == -100, 0).amax(1)
 
     def score(self, questions: Sequence[Question], texts: list[list[str]], where: Tensor) -> Tensor:
         """D(x, r), (N, R), of the rationales that `where` (N, R) names; 0 elsewhere."""
         grid = torch.zeros(where.shape, device=self.device)
-        for at, rationales in self.groups(texts, where):
-            inputs = [questions[i].example.input for i in at[0]]
-            with self.autocast():
+        with self.autocast():
+            for at, rationales in self.groups(texts, where):
+                inputs = [questions[i].example.input for i in at[0].tolist()]
                 grid = grid.index_put(at, self.judge(**self.tokens(inputs, self.options.max_input, rationales)))
         return grid
 
