@@ -1069,8 +1069,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     return result
 
 
-# Test means of dss over seeds 0 to 4: python eval.py --study methods
-DSS_ON_TOY = "dss has accuracy 0.722 and validity 0.346 here, means of five seeds"
+# Test means of dss over seeds 0 to 4 and two processors: python eval.py --study methods
+DSS_ON_TOY = "dss has accuracy 0.734 and validity 0.366 here, means of ten runs on two machines"
 
 
 def how_to_read(options: Options, argv: list[str]) -> str:
