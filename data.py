@@ -19,7 +19,7 @@ import urllib.request
 import zipfile
 import zlib
 from collections.abc import Callable, Hashable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -807,10 +807,14 @@ def ask_api(requests: list[Request], chat: Callable[[Example], Chat], name: str,
         raise UserError(f"--teacher api:{name} gave {problem} {API_TRIES} times: start again when it is back.")
 
     over, pool = threading.Event(), ThreadPoolExecutor(options.api_concurrency)
+    left = iter(requests)
     try:
-        answers = {pool.submit(one, request): request for request in requests}
-        for answer in as_completed(answers):
-            yield answers[answer], answer.result()
+        under_way = {pool.submit(one, request): request for request in islice(left, options.api_concurrency)}
+        while under_way:
+            for answer in wait(under_way, return_when=FIRST_COMPLETED).done:
+                yield under_way.pop(answer), answer.result()
+                # only now, when the sample is in the cache: a kill loses the requests under way and no more
+                under_way |= {pool.submit(one, request): request for request in islice(left, 1)}
     finally:
         over.set()
         pool.shutdown(wait=False, cancel_futures=True)
@@ -876,7 +880,12 @@ def palm_outputs(task: Task, data: str) -> Iterator[tuple[str, str, int, str]]:
     with open_release(data) as release:
         members = [n for n in release.namelist() if n.startswith(f"datasets/{task.folder}/llm/train_CoT_")]
         members.sort(key=lambda name: int(re.findall(r"\d+", name)[-1]))
-        outputs = [output for member in members for output in json.loads(read_member(release, member))]
+        outputs: list[Any] = []
+        for member in members:
+            try:
+                outputs += json.loads(read_member(release, member))
+            except (ValueError, TypeError) as error:
+                raise UserError(f"{release.filename}: {member} is no JSON array ({error}): download the file again.")
     for i, output in enumerate(outputs):
         yield f"{task.name}-train-{i}", "palm-540b", 0, str(output)
 

@@ -15,6 +15,7 @@ Where this code departs from the paper, or settles what the paper leaves open:
 - No old student is kept: what the student writes now is queued, and used j rounds later.
 - Eq. 2 is blind to a shift of all scores and drifts, so D learns by binary cross-entropy (--judge-loss paper: eq. 2).
 - The chosen rationale's own score weighs it (eqs. 6, 7), detached: L_cl never trains D.
+- Positives' weights are divided by their mean over the batch, so that only shares count (--quality printed: eq. 6).
 - D's encoder is a trained copy of the student's (--judge shared: the student's own, so that L_D shapes the student).
 - With a copy, alpha_3 does nothing: AdamW does not feel a factor on a loss whose parameters no other loss touches.
 - Which rationale is chosen, and whether it is beyond the margin, is decided without dropout.
@@ -190,11 +191,11 @@ def choose(l: Tensor, mask: Tensor, pick: str, quality: Tensor | None = None) ->
     return share / share.sum(1, keepdim=True).clamp(min=1e-9)
 
 
-def quality_weights(score: Tensor, pos_share: Tensor, neg_share: Tensor, quality: str = "printed") -> Tensor:
-    """How much each chosen rationale weighs, (N, R), by D's scores (N, R): s if positive (eq. 6), 1 - s if negative (eq. 7).
+def quality_weights(score: Tensor, pos_share: Tensor, quality: str = "printed") -> Tensor:
+    """How much each rationale weighs, (N, R), by D's scores (N, R): s if positive (eq. 6), 1 - s if negative (eq. 7).
 
-    "printed" is that. "relative" divides the positives' weights by their mean over the batch, so that quality decides
-    the rationales' shares in the positive term and not the term's size.
+    The positives are those with a share in pos_share (N, R). "printed" is the equations. "relative" divides the
+    positives' weights by their mean over the batch, so that quality decides their shares in the term and not its size.
     """
     pos = score
     if quality == "relative":
@@ -370,7 +371,7 @@ def weigh(models: "Models", questions: list[Question], drawn: Drawn) -> Batch:
         neg_share = choose(l, is_neg, neg_pick, 1 - score) * (l < options.delta)
         if models.judge is not None and options.scheme != "wmean":  # there quality decides the shares instead
             score = models.score(questions, texts, pos_share + neg_share > 0)
-            weight = quality_weights(score, pos_share, neg_share, options.quality)
+            weight = quality_weights(score, pos_share, options.quality)
     return Batch(questions, texts, kind, pos_share, neg_share, weight)
 
 

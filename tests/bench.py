@@ -158,7 +158,7 @@ def obvious_qcrd(student: Path, questions: list[qcrd.Question], batch: int) -> C
             l, score, mask = (torch.stack(sides[0][key] + sides[1][key], 1) for key in ("nll", "score", "mask"))
             is_pos = torch.arange(mask.shape[1], device=DEVICE) < len(sides[0]["mask"])
             pos_share, neg_share = (qcrd.choose(l, mask & of, pick) for of, pick in ((is_pos, "min"), (~is_pos, "max")))
-            weight = qcrd.quality_weights(score, pos_share, neg_share)
+            weight = qcrd.quality_weights(score, pos_share)
             loss_cl = qcrd.contrastive_loss(l, pos_share, neg_share, weight, delta=100.0)[0]
             loss_d = qcrd.judge_loss(score, torch.where(is_pos, 1, 2) * mask)
         optimizer.zero_grad()

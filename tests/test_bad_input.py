@@ -168,6 +168,7 @@ ZIPS = [
     (a_zip(**{"datasets/svamp/svamp_train.json": ROW}), "has no datasets/svamp/svamp_test.json"),
     (a_zip(**{"datasets/svamp/svamp_train.json": b"", "datasets/svamp/svamp_test.json": ROW}), "no rows"),
     (a_zip(**{"datasets/svamp/svamp_train.json": ROW * 50, "datasets/svamp/svamp_test.json": ROW, "datasets/svamp/llm/train_CoT_0.json": b"nope"}), "train_CoT_0.json"),
+    (a_zip(**{"datasets/svamp/svamp_train.json": ROW * 50, "datasets/svamp/svamp_test.json": ROW, "datasets/svamp/llm/train_CoT_0.json": b"5"}), "train_CoT_0.json"),
 ]  # fmt: skip
 
 

@@ -36,7 +36,7 @@ def l_cl(scheme: str = "minmax", score: torch.Tensor | None = None, l: torch.Ten
     pos_pick, neg_pick = SCHEMES[scheme]
     pos = choose(l, IS_POS, pos_pick, score)
     neg = choose(l, IS_NEG, neg_pick, None if score is None else 1 - score)
-    weight = None if score is None or scheme == "wmean" else quality_weights(score, pos, neg)
+    weight = None if score is None or scheme == "wmean" else quality_weights(score, pos)
     return contrastive_loss(l, pos, neg, weight, beta=0.2, delta=3.0)
 
 
@@ -120,9 +120,9 @@ def test_l_cl_gives_the_discriminator_no_gradient():
 def test_relative_quality_weights_by_hand():
     # two questions, a positive and a negative each: s 0.9 and 0.3 for positives (mean 0.6), 1 - s 0.8 and 0.2
     score = tensor([[0.9, 0.2], [0.3, 0.8]])
-    pos, neg = tensor([[1.0, 0.0], [1.0, 0.0]]), tensor([[0.0, 1.0], [0.0, 1.0]])
-    assert quality_weights(score, pos, neg).tolist() == [pytest.approx([0.9, 0.8]), pytest.approx([0.3, 0.2])]
-    relative = quality_weights(score, pos, neg, "relative")
+    pos = tensor([[1.0, 0.0], [1.0, 0.0]])
+    assert quality_weights(score, pos).tolist() == [pytest.approx([0.9, 0.8]), pytest.approx([0.3, 0.2])]
+    relative = quality_weights(score, pos, "relative")
     assert relative.tolist() == [pytest.approx([1.5, 0.8]), pytest.approx([0.5, 0.2])]
 
 
@@ -135,7 +135,7 @@ def test_relative_weights_do_not_see_a_factor_on_all_positives_scores_and_printe
         grads = []
         for s in (score, scaled):
             l = torch.full((5, 4), 0.5, requires_grad=True)
-            contrastive_loss(l, pos, neg, quality_weights(s, pos, neg, quality))[0].backward()
+            contrastive_loss(l, pos, neg, quality_weights(s, pos, quality))[0].backward()
             grads.append(l.grad)
         assert torch.allclose(*grads, atol=1e-7) == same
 
