@@ -7,7 +7,7 @@
 
 A large model, the teacher, answers each question several times. A vote splits its rationales into positives and
 negatives; more negatives are what the student itself wrote some rounds ago. A discriminator D scores every rationale,
-and its scores weigh a contrastive loss. Read down to "From here on machinery": that is the whole method.
+and its scores weigh a contrastive loss. Read down to the double line of #: that is the whole method.
 
 Where this code departs from the paper, or settles what the paper leaves open:
 - An iteration is a round: one pass over the training set, at most 500 steps. There are 20 rounds.
