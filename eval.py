@@ -36,17 +36,25 @@ from data import UserError
 
 @dataclass
 class Options:
-    runs: list[str] = field(default_factory=list, metadata={"help": "run directories or Hugging Face folders"})
+    runs: list[str] = field(
+        default_factory=list, metadata={"help": "run directories or Hugging Face folders"}
+    )
     task: str = qcrd.option("toy", "as in qcrd.py; a run directory knows its own")
     data: str = qcrd.option(data.DSS_ZIP, "as in qcrd.py")
     student: str = qcrd.option("tiny", "of a study, as in qcrd.py")
-    show: str = qcrd.option("", "how many training questions to follow through the method, or the id of one")
+    show: str = qcrd.option(
+        "", "how many training questions to follow through the method, or the id of one"
+    )
     study: list[str] = field(default_factory=list, metadata={"help": "one or several: methods, ablation, quality, noise, schemes, negatives, judge, labels, size"})  # fmt: skip
     seeds: int = qcrd.option(5, "seeds of a study: 0, 1, ...")
     jobs: int = qcrd.option(2, "runs of a study side by side")
     options: str = qcrd.option("", 'further options for each run of a study, such as "--rounds 10"')
-    plot: bool = qcrd.option(False, "draw each run's training curves and D's scores, or the studies")
-    judge: str = qcrd.option("", "a chat model or api:MODEL that compares the rationales of two --runs")
+    plot: bool = qcrd.option(
+        False, "draw each run's training curves and D's scores, or the studies"
+    )
+    judge: str = qcrd.option(
+        "", "a chat model or api:MODEL that compares the rationales of two --runs"
+    )
     pairs: int = qcrd.option(50, "rationales to compare")
     api_base: str | None = qcrd.option(None, "as in qcrd.py")
     api_concurrency: int = qcrd.option(8, "as in qcrd.py")
@@ -54,7 +62,7 @@ class Options:
     temperature: float = qcrd.option(0.0, "at which the judge answers")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Studies: a table of the paper is a list of rows, and a row is a set of options; "" is the whole method as it is by
 # default, so that studies share its runs
 
@@ -114,14 +122,20 @@ def baseline_of(row: str) -> str:
 
 def run_path(options: Options, row: str, seed: int) -> Path:
     """Where a run of a study lives: named by its options, so that studies share the runs they have in common."""
-    words = re.sub(r"[^\w.]+", "-", f"{options.student} {options.options} {row}".replace("--", "")).strip("-")
+    words = re.sub(
+        r"[^\w.]+", "-", f"{options.student} {options.options} {row}".replace("--", "")
+    ).strip("-")
     return Path("runs") / "studies" / Path(options.task).stem / f"{words}-s{seed}"
 
 
 def run_missing(options: Options, rows: list[str]) -> None:
     """Train every row and seed that has no result yet, `jobs` at a time, each on its share of the cores."""
     missing = [(row, seed) for row in rows for seed in range(options.seeds)]
-    missing = [(row, seed) for row, seed in missing if not (run_path(options, row, seed) / "result.json").exists()]
+    missing = [
+        (row, seed)
+        for row, seed in missing
+        if not (run_path(options, row, seed) / "result.json").exists()
+    ]
     missing.sort(key=lambda run: (run[1], run[0]))
     threads = str(max(1, (os.cpu_count() or 1) // options.jobs))
 
@@ -131,19 +145,29 @@ def run_missing(options: Options, rows: list[str]) -> None:
         command = [sys.executable, str(Path(qcrd.__file__)), "--task", options.task, "--student", options.student,
                    "--data", options.data, "--seed", str(seed), "--out", str(out),
                    *shlex.split(options.options), *shlex.split(row)]  # fmt: skip
-        command = [str(run_path(options, "--method dss", seed)) if word == "DSS" else word for word in command]
+        command = [
+            str(run_path(options, "--method dss", seed)) if word == "DSS" else word
+            for word in command
+        ]
         # with tokenizers' own threads in each, two runs side by side took a fifth longer
         environment = os.environ | {"OMP_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false"}
         with (out / "log.txt").open("w") as log:
-            code = subprocess.run(command, check=False, stdout=log, stderr=log, env=environment).returncode
+            code = subprocess.run(
+                command, check=False, stdout=log, stderr=log, env=environment
+            ).returncode
         if code:
-            raise UserError(f"{shlex.join(command)} ended with code {code}: {out / 'log.txt'} tells why.")
+            raise UserError(
+                f"{shlex.join(command)} ended with code {code}: {out / 'log.txt'} tells why."
+            )
 
     pool = ThreadPoolExecutor(options.jobs)
     try:
         with tqdm(total=len(missing), desc="studies", unit="run") as bar:
             # what needs the dss run of its seed waits until all dss runs are there
-            for wave in ([run for run in missing if "DSS" not in run[0]], [run for run in missing if "DSS" in run[0]]):
+            for wave in (
+                [run for run in missing if "DSS" not in run[0]],
+                [run for run in missing if "DSS" in run[0]],
+            ):
                 for future in as_completed([pool.submit(one, row, seed) for row, seed in wave]):
                     future.result()
                     bar.update()
@@ -153,16 +177,23 @@ def run_missing(options: Options, rows: list[str]) -> None:
 
 def results_of(options: Options, row: str) -> list[dict[str, float]]:
     """The results of a row, a seed each."""
-    return [json.loads((run_path(options, row, s) / "result.json").read_text()) for s in range(options.seeds)]
+    return [
+        json.loads((run_path(options, row, s) / "result.json").read_text())
+        for s in range(options.seeds)
+    ]
 
 
 def summary(values: Sequence[float]) -> tuple[float, float]:
     """Mean and standard error of the mean, in points."""
     points = 100 * np.array(values)
-    return float(points.mean()), float(points.std(ddof=1) / math.sqrt(len(points))) if len(points) > 1 else math.nan
+    return float(points.mean()), float(points.std(ddof=1) / math.sqrt(len(points))) if len(
+        points
+    ) > 1 else math.nan
 
 
-def paired_difference(ours: list[dict[str, float]], theirs: list[dict[str, float]], key: str) -> tuple[float, float]:
+def paired_difference(
+    ours: list[dict[str, float]], theirs: list[dict[str, float]], key: str
+) -> tuple[float, float]:
     """The mean over seeds of ours - theirs in points, and half of its 95% interval by Student's t."""
     gain, error = summary([a[key] - b[key] for a, b in zip(ours, theirs, strict=True)])
     n = len(ours)
@@ -172,7 +203,11 @@ def paired_difference(ours: list[dict[str, float]], theirs: list[dict[str, float
 def differences(options: Options, row: str) -> dict[str, tuple[float, float]]:
     """By "accuracy" and "validity", as far as both have it: the paired difference of a row to its dss."""
     ours, theirs = results_of(options, row), results_of(options, baseline_of(row))
-    both = [key for key in ("accuracy", "validity") if key in ours[0] and key in theirs[0] and row != baseline_of(row)]
+    both = [
+        key
+        for key in ("accuracy", "validity")
+        if key in ours[0] and key in theirs[0] and row != baseline_of(row)
+    ]
     return {key: paired_difference(ours, theirs, key) for key in both}
 
 
@@ -182,7 +217,9 @@ FIGURES = ("accuracy", "validity", "D auc", "accuracy - dss, 95%", "validity - d
 def study(options: Options, name: str) -> list[dict[str, str]]:
     """Print the table of a study whose runs are there, and write it to runs/studies/ as Markdown and CSV."""
     rows, table = STUDIES[name], []
-    for (label, row), published in zip(rows.items(), PAPER.get((name, options.student), [()] * len(rows)), strict=True):
+    for (label, row), published in zip(
+        rows.items(), PAPER.get((name, options.student), [()] * len(rows)), strict=True
+    ):
         line = {name: label} | dict.fromkeys(FIGURES, "")
         results = results_of(options, row)
         for figure in ("accuracy", "validity", "D auc"):
@@ -203,12 +240,18 @@ def measured(options: Options, rows: Iterable[str]) -> list[str]:
 
 
 def study_path(options: Options, name: str) -> Path:
-    return Path("runs") / "studies" / f"{name}-{Path(options.task).stem}-{Path(options.student).name}"
+    return (
+        Path("runs") / "studies" / f"{name}-{Path(options.task).stem}-{Path(options.student).name}"
+    )
 
 
 def write_table(table: list[dict[str, str]], path: Path) -> None:
     columns = [column for column in table[0] if any(line[column] for line in table)]
-    rows = [columns, ["---"] * len(columns), *([line[column] for column in columns] for line in table)]
+    rows = [
+        columns,
+        ["---"] * len(columns),
+        *([line[column] for column in columns] for line in table),
+    ]
     markdown = "".join(f"| {' | '.join(row)} |\n" for row in rows)
     path.with_suffix(".md").write_text(markdown, encoding="utf-8")
     with path.with_suffix(".csv").open("w", newline="", encoding="utf-8") as file:
@@ -218,14 +261,19 @@ def write_table(table: list[dict[str, str]], path: Path) -> None:
     print(markdown + f"Written to {path}.md and .csv")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Scoring
 
 
 def open_run(folder: str, options: Options) -> qcrd.Models:
     """The models of a run directory or Hugging Face folder, with the run's options."""
     path = Path(folder)
-    config: dict[str, Any] = {"student": folder, "task": options.task, "data": options.data, "judge": "none"}
+    config: dict[str, Any] = {
+        "student": folder,
+        "task": options.task,
+        "data": options.data,
+        "judge": "none",
+    }
     if (path / "config.json").exists() and (path / "student").is_dir():
         config = json.loads((path / "config.json").read_text()) | {"student": str(path / "student")}
     models = qcrd.load_models(qcrd.fill_in(qcrd.Options(**config)))
@@ -234,10 +282,14 @@ def open_run(folder: str, options: Options) -> qcrd.Models:
     return models
 
 
-def scores_of(models: qcrd.Models, questions: Sequence[qcrd.Question], texts: Sequence[str]) -> torch.Tensor:
+def scores_of(
+    models: qcrd.Models, questions: Sequence[qcrd.Question], texts: Sequence[str]
+) -> torch.Tensor:
     """D(x, r), (N, 1), of one rationale a question, without gradients and dropout."""
     with models.constant():
-        return models.score(questions, [[text] for text in texts], torch.ones(len(texts), 1, dtype=torch.bool))
+        return models.score(
+            questions, [[text] for text in texts], torch.ones(len(texts), 1, dtype=torch.bool)
+        )
 
 
 def distinct_2(texts: Sequence[str]) -> float:
@@ -262,7 +314,7 @@ def score(folder: str, options: Options) -> dict[str, float]:
     return result
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # A question's way through the method, as a worked exercise
 
 
@@ -281,11 +333,17 @@ def show(folder: str, options: Options) -> None:
     task, splits, samples, questions = qcrd.prepare(own)
     drawn = qcrd.negatives_of(models, questions, own.rounds - 1, Path(folder))
     shown = [q for q in questions if q.example.id == options.show]
-    if not shown and options.show.isdecimal():  # first those that have all kinds of rationales to show
-        richest = sorted(questions, key=lambda q: not (q.positives and q.negatives and q.example.id in drawn))
+    if (
+        not shown and options.show.isdecimal()
+    ):  # first those that have all kinds of rationales to show
+        richest = sorted(
+            questions, key=lambda q: not (q.positives and q.negatives and q.example.id in drawn)
+        )
         shown = richest[: int(options.show)]
     if not shown:
-        raise UserError(f"--show {options.show}: name a count or an id, such as {questions[0].example.id}.")
+        raise UserError(
+            f"--show {options.show}: name a count or an id, such as {questions[0].example.id}."
+        )
     batch = shown + [q for q in questions if q not in shown][: max(0, own.batch_size - len(shown))]
     torch.manual_seed(own.seed)
     # without a margin here, so that a negative that is chosen and beyond it is seen
@@ -294,7 +352,9 @@ def show(folder: str, options: Options) -> None:
     models.options = own
     exists, score = weighed.kind > 0, None
     with models.constant():
-        l = models.loss_of(models.encode([f"explain: {q.example.input}" for q in batch]), weighed.texts, exists)
+        l = models.loss_of(
+            models.encode([f"explain: {q.example.input}" for q in batch]), weighed.texts, exists
+        )
         if models.judge is not None:
             score = models.score(batch, weighed.texts, exists)
     _, rows = qcrd.evaluate(models, task, splits | {"shown": [q.example for q in shown]}, "shown")
@@ -306,10 +366,16 @@ def show(folder: str, options: Options) -> None:
         if own.positives != "none":
             show_loss(own, weighed, i, l, score)
         print("The student now")
-        say(f"predicts {row['label']!r}: {'right' if row['correct'] else 'wrong'}, the label is {q.example.label!r}")
+        say(
+            f"predicts {row['label']!r}: {'right' if row['correct'] else 'wrong'}, the label is {q.example.label!r}"
+        )
         if "rationale" in row:
             say(f"explains: {row['rationale']}")
-            checked = {True: "every step is right", False: "not valid", None: "not checked: only toy's can be"}
+            checked = {
+                True: "every step is right",
+                False: "not valid",
+                None: "not checked: only toy's can be",
+            }
             say(f"validity of that: {checked[row['valid']]}")
 
 
@@ -319,17 +385,31 @@ def show_vote(task: data.Task, q: qcrd.Question, samples: list[data.Sample]) -> 
     say("; ".join(f"{sample.teacher}: {sample.answer or 'no answer'}" for sample in samples))
     if positives:
         winner = samples[positives[0]].answer
-        right = "right" if task.correct(winner, q.example) else f"wrong, the label is {q.example.label}"
-        say(f"{len(positives)} positive, {len(negatives)} negative: {winner} wins, which is {right}")
+        right = (
+            "right" if task.correct(winner, q.example) else f"wrong, the label is {q.example.label}"
+        )
+        say(
+            f"{len(positives)} positive, {len(negatives)} negative: {winner} wins, which is {right}"
+        )
 
 
-def show_loss(own: qcrd.Options, weighed: qcrd.Batch, i: int, l: torch.Tensor, score: torch.Tensor | None) -> None:
+def show_loss(
+    own: qcrd.Options, weighed: qcrd.Batch, i: int, l: torch.Tensor, score: torch.Tensor | None
+) -> None:
     """The rationales of question i of a batch, and eqs. 3 to 7 with their numbers; l and score (N, R)."""
     print(
         f"Its rationales: l in nats per token under the student now (delta {own.delta:g}), D's score s, share in a term"
     )
-    writer = f"of round {qcrd.source_round(own.rounds - 1, own.lag)}" if own.negatives == "student" else "fixed"
-    names = {qcrd.POSITIVE: "positive", qcrd.TEACHERS: "teacher's negative", qcrd.STUDENTS: f"student's, {writer}"}
+    writer = (
+        f"of round {qcrd.source_round(own.rounds - 1, own.lag)}"
+        if own.negatives == "student"
+        else "fixed"
+    )
+    names = {
+        qcrd.POSITIVE: "positive",
+        qcrd.TEACHERS: "teacher's negative",
+        qcrd.STUDENTS: f"student's, {writer}",
+    }
     terms: dict[int, list[str]] = {4: [], 5: []}  # by equation
     for j, text in enumerate(weighed.texts[i]):
         kind, weight = int(weighed.kind[i, j]), weighed.weight[i, j]
@@ -345,21 +425,37 @@ def show_loss(own: qcrd.Options, weighed: qcrd.Batch, i: int, l: torch.Tensor, s
         print(line + ("; beyond delta" if eq == 5 and l[i, j] >= own.delta else ""))
         say(text, 6)
     shares = weighed.pos_share, weighed.neg_share
-    pos, neg = (term[i] for term in qcrd.contrastive_loss(l, *shares, weighed.weight, own.beta, own.delta)[1:])
+    pos, neg = (
+        term[i]
+        for term in qcrd.contrastive_loss(l, *shares, weighed.weight, own.beta, own.delta)[1:]
+    )
     print("L_cl, of share * weight * l")
     if score is not None and own.scheme != "wmean":
         mean = (shares[0] * score).sum() / shares[0].sum()
-        by = f" / {mean:.3f}, the mean of those chosen for {len(l)} questions" if own.quality == "relative" else ""
+        by = (
+            f" / {mean:.3f}, the mean of those chosen for {len(l)} questions"
+            if own.quality == "relative"
+            else ""
+        )
         say(f"weight: s{by} (eq. 6); 1 - s of a negative (eq. 7)")
     say(f"eqs. 4, 6: L_pos = {' + '.join(terms[4]) or '0, no positive'} = {pos:.3f}")
     say(f"eqs. 5, 7: L_neg = {' + '.join(terms[5]) or '0, no negative'} = {neg:.3f}")
-    say(f"eq. 3: L_cl = L_pos - beta * L_neg = {pos:.3f} - {own.beta:g} * {neg:.3f} = {pos - own.beta * neg:.3f}")
+    say(
+        f"eq. 3: L_cl = L_pos - beta * L_neg = {pos:.3f} - {own.beta:g} * {neg:.3f} = {pos - own.beta * neg:.3f}"
+    )
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Pictures. Okabe and Ito's colours, which colour-blind readers can tell apart, and a line style each.
 
-STYLES = [("#0072B2", "-"), ("#E69F00", "--"), ("#009E73", "-."), ("#CC79A7", ":"), ("#000000", "-"), ("#D55E00", "--")]
+STYLES = [
+    ("#0072B2", "-"),
+    ("#E69F00", "--"),
+    ("#009E73", "-."),
+    ("#CC79A7", ":"),
+    ("#000000", "-"),
+    ("#D55E00", "--"),
+]
 
 
 def panels(count: int, height: float, title: str) -> tuple[Any, Any]:
@@ -397,12 +493,21 @@ def draw(path: Path, title: str, x_label: str, y_label: str, lines: dict[str, An
 
 def plot_run(folder: str, options: Options) -> None:
     """Each loss against the round, and, where there is a discriminator, its scores as in the paper's Fig. 6."""
-    rounds = [row for _, row in data.parse_jsonl(data.read_file(Path(folder) / "metrics.jsonl"), "metrics.jsonl")]
+    rounds = [
+        row
+        for _, row in data.parse_jsonl(
+            data.read_file(Path(folder) / "metrics.jsonl"), "metrics.jsonl"
+        )
+    ]
     losses = {
-        key: ([r["round"] for r in rounds], [r[key] for r in rounds]) for key in rounds[0] if key.startswith("L_")
+        key: ([r["round"] for r in rounds], [r[key] for r in rounds])
+        for key in rounds[0]
+        if key.startswith("L_")
     }
     title = f"Losses of {Path(folder).name}, mean over each round"
-    draw(Path(folder) / "losses.png", title, "round", "loss (nats per token; L_judge: nats)", losses)
+    draw(
+        Path(folder) / "losses.png", title, "round", "loss (nats per token; L_judge: nats)", losses
+    )
     models = open_run(folder, options)
     if models.judge is None:
         return
@@ -414,21 +519,28 @@ def plot_run(folder: str, options: Options) -> None:
     }
     limit = qcrd.rationale_limit(models, questions)
     for t in (1.5, 2.0):
-        texts = models.generate([f"explain: {q.example.input}" for q in held_out], limit, t, f"student at {t}")
+        texts = models.generate(
+            [f"explain: {q.example.input}" for q in held_out], limit, t, f"student at {t}"
+        )
         groups[f"student at temperature {t}"] = list(zip(held_out, texts, strict=True))
     edges = np.linspace(0, 1, 26)
     lines = {}
     for name, pairs in groups.items():
         if pairs:
             scores = scores_of(models, *zip(*pairs)).cpu().numpy()
-            lines[f"{name} ({len(pairs)})"] = (edges[:-1] + 0.02, np.histogram(scores, edges, density=True)[0])
+            lines[f"{name} ({len(pairs)})"] = (
+                edges[:-1] + 0.02,
+                np.histogram(scores, edges, density=True)[0],
+            )
     title = "Discriminator's scores on held-out training questions"
     draw(Path(folder) / "scores.png", title, "score D(x, r)", "density", lines)
 
 
 def plot_differences(options: Options, names: list[str]) -> None:
     """Every row's difference to dss with its 95% interval, accuracy and validity side by side."""
-    rows = {row: label for name in reversed(names) for label, row in reversed(STUDIES[name].items())}
+    rows = {
+        row: label for name in reversed(names) for label, row in reversed(STUDIES[name].items())
+    }
     rows = {row: label for row, label in rows.items() if row != baseline_of(row)}
     keys, found = measured(options, rows), [differences(options, row) for row in rows]
     title = f"Difference to dss in points, 95% intervals, {options.seeds} seeds"
@@ -448,7 +560,9 @@ def plot_differences(options: Options, names: list[str]) -> None:
 def plot_shares(options: Options, name: str, x_label: str) -> None:
     """A study whose rows are "method, share": accuracy and validity against the share (size: the paper's Fig. 4)."""
     keys = measured(options, STUDIES[name].values())
-    figure, both = panels(len(keys), 4, f"{Path(options.task).stem}, {options.seeds} seeds; bars: standard error")
+    figure, both = panels(
+        len(keys), 4, f"{Path(options.task).stem}, {options.seeds} seeds; bars: standard error"
+    )
     for axes, key in zip(both, keys):
         lines: dict[str, tuple[list[float], ...]] = {}
         for label, row in STUDIES[name].items():
@@ -456,7 +570,9 @@ def plot_shares(options: Options, name: str, x_label: str) -> None:
             results = results_of(options, row)
             if key in results[0]:
                 point = (float(share.strip("%")), *summary([r[key] for r in results]))
-                for values, value in zip(lines.setdefault(method, ([], [], [])), point, strict=True):
+                for values, value in zip(
+                    lines.setdefault(method, ([], [], [])), point, strict=True
+                ):
                     values.append(value)
         draw_lines(axes, x_label, f"test {key}, %", lines)
     save_picture(figure, study_path(options, name).with_suffix(".svg"))
@@ -468,7 +584,9 @@ def studies(options: Options) -> None:
         if name not in STUDIES:
             raise UserError(f"--study {name} is not one of {', '.join(STUDIES)}.")
         if name == "noise" and options.task != "toy":
-            raise UserError("--study noise needs --task toy, whose teacher errs as often as it is told to.")
+            raise UserError(
+                "--study noise needs --task toy, whose teacher errs as often as it is told to."
+            )
     if options.seeds < 1 or options.jobs < 1:
         raise UserError("--seeds and --jobs must be at least 1.")
     rows = {row for name in options.study for row in STUDIES[name].values()}
@@ -485,7 +603,7 @@ def studies(options: Options) -> None:
                 plot_shares(options, name, shares[name])
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Whose rationales are better? (the paper's Table 7)
 
 VERDICT = (
@@ -502,7 +620,9 @@ def sign_test(a: int, b: int) -> float:
 
 def verdict(forward: str, backward: str) -> str:
     """A, B or tie out of the replies for (A, B) and (B, A): only where both orders agree is one better."""
-    first, second = (re.match(r"\W*(a|b|tie)\b", reply.strip().lower()) for reply in (forward, backward))
+    first, second = (
+        re.match(r"\W*(a|b|tie)\b", reply.strip().lower()) for reply in (forward, backward)
+    )
     agreed = first and second and {("a", "b"): "A", ("b", "a"): "B"}.get((first[1], second[1]))
     return agreed or "tie"
 
@@ -515,21 +635,33 @@ def compare(options: Options) -> dict[str, int]:
     splits = data.load_task(config["task"], config["data"])[1]
     sides = []
     for run in options.runs:
-        rows = data.parse_jsonl(data.read_file(Path(run) / "predictions.jsonl"), f"{run}/predictions.jsonl")
+        rows = data.parse_jsonl(
+            data.read_file(Path(run) / "predictions.jsonl"), f"{run}/predictions.jsonl"
+        )
         sides.append({row["id"]: row["rationale"] for _, row in rows if row.get("rationale")})
     both = [e for e in splits["test"] if e.id in sides[0] and e.id in sides[1]][: options.pairs]
     if not both:
-        raise UserError(f"--judge: {' and '.join(options.runs)} have no rationales in common: score them first.")
+        raise UserError(
+            f"--judge: {' and '.join(options.runs)} have no rationales in common: score them first."
+        )
     asked = []
     for e in both:
         for order in ((0, 1), (1, 0)):
-            texts = "\n\n".join(f"Explanation {'AB'[n]}: {sides[side][e.id]}" for n, side in enumerate(order))
-            asked.append(data.Example(f"{e.id}/{order[0]}", f"Question: {data.question_text(e)}\n\n{texts}", e.label))
+            texts = "\n\n".join(
+                f"Explanation {'AB'[n]}: {sides[side][e.id]}" for n, side in enumerate(order)
+            )
+            asked.append(
+                data.Example(
+                    f"{e.id}/{order[0]}", f"Question: {data.question_text(e)}\n\n{texts}", e.label
+                )
+            )
 
     def chat(e: data.Example) -> data.Chat:
         return [{"role": "system", "content": VERDICT}, {"role": "user", "content": e.input}]
 
-    identity = hashlib.sha256(json.dumps([options.judge, options.temperature, [chat(e) for e in asked]]).encode())
+    identity = hashlib.sha256(
+        json.dumps([options.judge, options.temperature, [chat(e) for e in asked]]).encode()
+    )
     cache = data.Cache(data.CACHE / "verdicts" / f"{identity.hexdigest()[:16]}.jsonl")
     replies = data.sampled(cache, asked, 1, options.judge, chat, options)
     counts = Counter(verdict(replies[f"{e.id}/0", 0], replies[f"{e.id}/1", 0]) for e in both)

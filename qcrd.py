@@ -59,7 +59,7 @@ from transformers.modeling_outputs import BaseModelOutput
 import data
 from data import Example, Sample, Task, UserError, first_line
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Options
 
 
@@ -72,26 +72,40 @@ def option(default: Any, help: str) -> Any:
 @dataclass
 class Options:
     # the task and its teacher
-    task: str = option("toy", "toy, svamp, cqa, anli, esnli, or a JSON Lines file with input and label in each row")
+    task: str = option(
+        "toy", "toy, svamp, cqa, anli, esnli, or a JSON Lines file with input and label in each row"
+    )
     data: str = option(data.DSS_ZIP, "the DSS release: a file or a URL")
-    train_size: float | None = option(None, "how many training questions to use: a count, or a fraction up to 1")
-    labels: Literal["gold", "teacher"] = option("gold", "what predict: learns: gold labels, or the voted answers")
+    train_size: float | None = option(
+        None, "how many training questions to use: a count, or a fraction up to 1"
+    )
+    labels: Literal["gold", "teacher"] = option(
+        "gold", "what predict: learns: gold labels, or the voted answers"
+    )
     teacher: list[str] = field(default_factory=list, metadata={"help": "palm, a Hugging Face model, api:MODEL, or a JSON Lines file of samples; several are pooled"})  # fmt: skip
     k: int | None = option(None, "K, samples a question (default 5; of a file all)")
     temperature: float = option(0.7, "at which the teacher is sampled")
-    api_base: str | None = option(None, "an OpenAI-compatible server (or OPENAI_BASE_URL; key in OPENAI_API_KEY)")
+    api_base: str | None = option(
+        None, "an OpenAI-compatible server (or OPENAI_BASE_URL; key in OPENAI_API_KEY)"
+    )
     api_concurrency: int = option(8, "requests under way at once")
     max_tokens: int = option(512, "of a teacher's answer")
     toy_errors: float = option(0.4, "how often the toy's teacher reasons wrongly")
     # the method; a baseline is a set of values of these, see METHODS
-    method: Literal["finetune", "single", "dss", "mi", "qcrd"] = option("qcrd", "the paper's method or a baseline")
+    method: Literal["finetune", "single", "dss", "mi", "qcrd"] = option(
+        "qcrd", "the paper's method or a baseline"
+    )
     positives: Literal["all", "one", "none"] = option(None, "rationales to learn: all voted ones, one unvoted, none (default by method)")  # fmt: skip
     negatives: Literal["student", "fixed", "teacher", "none"] = option(None, "the teacher's minority and the lagged student's; a fixed dss student's; the minority alone; none (default by method)")  # fmt: skip
-    fixed_student: str | None = option(None, "of --negatives fixed: the run directory of a finished dss run")
+    fixed_student: str | None = option(
+        None, "of --negatives fixed: the run directory of a finished dss run"
+    )
     judge: Literal["own", "shared", "none"] = option(None, "the discriminator's encoder: a trained copy of the student's, or the student's own; none: no quality weights (default by method)")  # fmt: skip
     judge_loss: Literal["paper", "bce"] = option("bce", "eq. 2, or binary cross-entropy")
     quality: Literal["relative", "printed"] = option("relative", "the positives' quality weights: divided by their mean over the batch, or as eq. 6 prints them")  # fmt: skip
-    scheme: Literal["minmax", "maxmin", "sampling", "mean", "wmean"] = option("minmax", "many-to-one (eqs. 4, 5)")
+    scheme: Literal["minmax", "maxmin", "sampling", "mean", "wmean"] = option(
+        "minmax", "many-to-one (eqs. 4, 5)"
+    )
     lag: int = option(5, "j: negatives come from the student as it was j rounds ago")
     student_temperature: float = option(1.5, "at which the student's negatives are sampled")
     alpha1: float = option(None, "weight of L_pred (eq. 8; default 0.5, without rationales 1)")
@@ -101,18 +115,28 @@ class Options:
     delta: float = option(None, "margin of the negatives, in nats per token (default 3; tiny 1)")
     mi_weight: float = option(None, "weight of the mutual-information term (default 0; mi 0.01)")
     judge_lr: float = option(None, "the discriminator's learning rate (default 5e-5; tiny 1e-3)")
-    judge_steps: int = option(None, "of the discriminator's pretraining (default 500, the paper's most; tiny 300)")
-    judge_every: int = option(None, "steps between two updates of the discriminator (default 4; tiny 8)")
+    judge_steps: int = option(
+        None, "of the discriminator's pretraining (default 500, the paper's most; tiny 300)"
+    )
+    judge_every: int = option(
+        None, "steps between two updates of the discriminator (default 4; tiny 8)"
+    )
     # the training
     student: str = option("tiny", "tiny, or a seq2seq model: a Hugging Face name or a folder")
     rounds: int = option(None, "the paper's iterations (default 20; tiny 10)")
-    round_steps: int = option(None, "steps in a round (default: one pass over the training set, at most 500)")
+    round_steps: int = option(
+        None, "steps in a round (default: one pass over the training set, at most 500)"
+    )
     batch_size: int = option(None, "questions a step (default 64; tiny 16)")
     grad_accum: int = option(1, "parts in which a batch is computed, to save memory")
-    lr: float = option(None, "AdamW's learning rate, falling linearly to 0 (default 5e-5; tiny 3e-3)")
+    lr: float = option(
+        None, "AdamW's learning rate, falling linearly to 0 (default 5e-5; tiny 3e-3)"
+    )
     max_input: int = option(1024, "tokens at which inputs are cut")
     max_target: int = option(256, "tokens at which labels and rationales are cut")
-    precision: Literal["auto", "fp32", "bf16"] = option("auto", "auto: bf16 on a GPU that has it in hardware")
+    precision: Literal["auto", "fp32", "bf16"] = option(
+        "auto", "auto: bf16 on a GPU that has it in hardware"
+    )
     device: str = option("auto", "auto, cpu, cuda, cuda:1")
     seed: int = option(0, "of everything random in training")
     out: str | None = option(None, "run directory (default runs/TASK-STUDENT-METHOD-sSEED)")
@@ -136,11 +160,13 @@ TINY = {"rounds": 10, "batch_size": 16, "lr": 3e-3, "beta": 0.2, "delta": 1.0}
 TINY |= {"judge_lr": 1e-3, "judge_steps": 300, "judge_every": 8}
 TINY_LR = {"finetune": 1e-3, "single": 5e-3}  # where another rate than TINY's is best
 ALPHA3_DECAY = 0.9
-ROUND_STEPS = 500  # at most in a round by default: a set of any size has rounds enough for the lag to act
+ROUND_STEPS = (
+    500  # at most in a round by default: a set of any size has rounds enough for the lag to act
+)
 WARMUP = 50  # steps in which the learning rate rises
 ANSWER_MARK = "So the answer is"  # between rationale and label in the single-task target
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The discriminator: how good is rationale r for question x?
 
 
@@ -158,17 +184,23 @@ class Discriminator(nn.Module):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Scores s, (N,), float32, of question and rationale in one sequence, (N, S)."""
-        states = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state  # (N, S, width)
-        pooled = states.masked_fill(attention_mask[..., None] == 0, -torch.inf).amax(1)  # (N, width)
+        states = self.encoder(
+            input_ids=input_ids, attention_mask=attention_mask
+        ).last_hidden_state  # (N, S, width)
+        pooled = states.masked_fill(attention_mask[..., None] == 0, -torch.inf).amax(
+            1
+        )  # (N, width)
         return torch.sigmoid(self.mlp(pooled).float().squeeze(-1))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The losses: pure functions of tensors. Row i is a question, column j one of its rationales, positives and negatives
 # side by side; masks and shares say which are which. l is l(f(x), r): the token-mean cross-entropy of rationale r under
 # the student f, in nats per token.
 
-SCHEMES = {"minmax": ("min", "max"), "maxmin": ("max", "min")} | {s: (s, s) for s in ("sampling", "mean", "wmean")}
+SCHEMES = {"minmax": ("min", "max"), "maxmin": ("max", "min")} | {
+    s: (s, s) for s in ("sampling", "mean", "wmean")
+}
 
 
 def choose(l: Tensor, mask: Tensor, pick: str, quality: Tensor | None = None) -> Tensor:
@@ -218,12 +250,18 @@ def contrastive_loss(
     """
     weight = torch.ones_like(l) if weight is None else weight.detach()
     pos = (pos_share * weight * l).sum(1)  # eqs. 4, 6
-    below = -F.relu(delta - l)  # min(l - delta, 0): a negative that is already unlikely pushes no more
+    below = -F.relu(
+        delta - l
+    )  # min(l - delta, 0): a negative that is already unlikely pushes no more
     neg = (neg_share * weight * below).sum(1)  # eqs. 5, 7
     return (pos - beta * neg).mean(), pos, neg  # eq. 3
 
 
-POSITIVE, TEACHERS, STUDENTS = 1, 2, 3  # what a place of (N, R) holds: a positive, or whose negative; 0 is nothing
+POSITIVE, TEACHERS, STUDENTS = (
+    1,
+    2,
+    3,
+)  # what a place of (N, R) holds: a positive, or whose negative; 0 is nothing
 
 
 def judge_terms(kind: Tensor, loss: str) -> int:
@@ -233,7 +271,9 @@ def judge_terms(kind: Tensor, loss: str) -> int:
     return int(((kind == POSITIVE).any(1) & (kind > POSITIVE).any(1)).sum())
 
 
-def judge_loss(score: Tensor, kind: Tensor, loss: str = "paper", terms: float | None = None) -> Tensor:
+def judge_loss(
+    score: Tensor, kind: Tensor, loss: str = "paper", terms: float | None = None
+) -> Tensor:
     """L_D, a scalar, from D's scores (N, R) and the kind (N, R) of each rationale: 1 is a positive, more a negative.
 
     "paper" is eq. 2, the mean of -log(sum_j exp(s_pos_j) / sum_j exp(s_neg_j)); "bce" is binary cross-entropy. Both are
@@ -258,11 +298,13 @@ def mutual_information_loss(pred_probs: Tensor, expl_probs: Tensor) -> Tensor:
     return -(pred_probs.detach() * expl_probs.clamp(min=1e-9).log()).sum(1)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The vote: positives and negatives
 
 
-def self_consistency(answers: Sequence[Hashable | None]) -> tuple[Hashable | None, list[int], list[int]]:
+def self_consistency(
+    answers: Sequence[Hashable | None],
+) -> tuple[Hashable | None, list[int], list[int]]:
     """Vote over the answers of one question's samples: (winner, indices of positives, indices of negatives).
 
     None is an answer that could not be parsed; it has no vote and its sample is neither positive nor negative.
@@ -274,9 +316,15 @@ def self_consistency(answers: Sequence[Hashable | None]) -> tuple[Hashable | Non
             votes[answer] = votes.get(answer, 0) + 1
     if not votes:
         return None, [], []
-    winner = max(votes, key=lambda answer: votes[answer])  # dicts keep the order of first appearance, max the first
+    winner = max(
+        votes, key=lambda answer: votes[answer]
+    )  # dicts keep the order of first appearance, max the first
     positives = [i for i, answer in enumerate(answers) if answer == winner]
-    return winner, positives, [i for i, answer in enumerate(answers) if answer is not None and answer != winner]
+    return (
+        winner,
+        positives,
+        [i for i, answer in enumerate(answers) if answer is not None and answer != winner],
+    )
 
 
 @dataclass
@@ -290,7 +338,9 @@ class Question:
     held_out: bool = False  # D never trains on it, so that its AUC means something
 
 
-def vote(task: Task, examples: list[Example], samples: dict[str, list[Sample]], options: Options) -> list[Question]:
+def vote(
+    task: Task, examples: list[Example], samples: dict[str, list[Sample]], options: Options
+) -> list[Question]:
     """Turn each question's samples into positives and negatives. UserError if no question has a label."""
     questions = []
     for number, example in enumerate(examples):
@@ -306,9 +356,13 @@ def vote(task: Task, examples: list[Example], samples: dict[str, list[Sample]], 
             label = " ".join([*first, ANSWER_MARK, label])
         sides = {"all": unique(own[i].rationale for i in pos), "one": first, "none": []}
         negatives = unique(own[i].rationale for i in neg) if options.negatives != "none" else []
-        questions.append(Question(example, label, sides[options.positives], negatives, held_out=number % 10 == 9))
+        questions.append(
+            Question(example, label, sides[options.positives], negatives, held_out=number % 10 == 9)
+        )
     if not questions:
-        raise UserError("no training question has a label: --labels teacher needs samples with answers that parse.")
+        raise UserError(
+            "no training question has a label: --labels teacher needs samples with answers that parse."
+        )
     return questions
 
 
@@ -317,12 +371,14 @@ def unique(texts: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(text for text in texts if text))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # One training step. `models` holds the student, D and their tokenizer. It gives encode(texts), the student's encoder
 # states; loss_of(...), l(f(x), r) of the rationales that a mask names; and score(...), D(x, r) of them.
 
 Figures = dict[str, float]  # means over a batch, by name
-Drawn = dict[str, list[str]]  # further negatives by question id, most of them what the student wrote
+Drawn = dict[
+    str, list[str]
+]  # further negatives by question id, most of them what the student wrote
 
 
 class Batch(NamedTuple):
@@ -360,16 +416,22 @@ def weigh(models: "Models", questions: list[Question], drawn: Drawn) -> Batch:
     is_pos, is_neg = kind == POSITIVE, kind > POSITIVE
     l = torch.zeros(kind.shape, device=models.device)
     score, weight = torch.full_like(l, 0.5), torch.ones_like(l)
-    compared = is_neg | (is_pos & (is_pos.sum(1, keepdim=True) > 1))  # an only positive is chosen at any l
+    compared = is_neg | (
+        is_pos & (is_pos.sum(1, keepdim=True) > 1)
+    )  # an only positive is chosen at any l
     with models.constant():
         if compared.any():
-            l = models.loss_of(models.encode([f"explain: {q.example.input}" for q in questions]), texts, compared)
+            l = models.loss_of(
+                models.encode([f"explain: {q.example.input}" for q in questions]), texts, compared
+            )
         if models.judge is not None and options.scheme == "wmean":
             score = models.score(questions, texts, kind > 0)
         pos_pick, neg_pick = SCHEMES[options.scheme]
         pos_share = choose(l, is_pos, pos_pick, score)
         neg_share = choose(l, is_neg, neg_pick, 1 - score) * (l < options.delta)
-        if models.judge is not None and options.scheme != "wmean":  # there quality decides the shares instead
+        if (
+            models.judge is not None and options.scheme != "wmean"
+        ):  # there quality decides the shares instead
             score = models.score(questions, texts, pos_share + neg_share > 0)
             weight = quality_weights(score, pos_share, options.quality)
     return Batch(questions, texts, kind, pos_share, neg_share, weight)
@@ -398,7 +460,9 @@ def student_losses(models: "Models", batch: Batch) -> tuple[Tensor, Tensor, Tens
     rows = [i for i, q in enumerate(questions) if q.positives and options.mi_weight]
     if rows:
         pred = models.likeliest(encoded, rows, [questions[i].label for i in rows])
-        expl = models.likeliest(encoded, [n + i for i in rows], [questions[i].positives[0] for i in rows])
+        expl = models.likeliest(
+            encoded, [n + i for i in rows], [questions[i].positives[0] for i in rows]
+        )
         L_mi = mutual_information_loss(pred, expl).sum() / n
     return L_pred, L_cl, L_mi, figures
 
@@ -434,7 +498,9 @@ def train_step(
     for rows in parts(len(questions), options.grad_accum):
         part = Batch._make(value[rows] for value in batch)
         L_pred, L_cl, L_mi, figures = student_losses(models, part)
-        total = options.alpha1 * L_pred + options.alpha2 * L_cl + options.mi_weight * L_mi  # eq. 8, but for L_D
+        total = (
+            options.alpha1 * L_pred + options.alpha2 * L_cl + options.mi_weight * L_mi
+        )  # eq. 8, but for L_D
         (len(part.questions) / len(questions) * total).backward()
         seen.append(figures)
     judged = judged_questions(questions, options, step) if models.judge is not None else []
@@ -445,7 +511,9 @@ def train_step(
         seen.append(figures)
     if not all(math.isfinite(value) for figures in seen for value in figures.values()):
         ids = ", ".join(q.example.id for q in questions[:5])
-        raise UserError(f"the loss is not finite at step {step} ({ids}): lower --lr or use --precision fp32.")
+        raise UserError(
+            f"the loss is not finite at step {step} ({ids}): lower --lr or use --precision fp32."
+        )
     if terms:
         update(optimizers[1])
     optimizers[0].param_groups[0]["lr"] = learning_rate(options, step)
@@ -476,10 +544,14 @@ def judge_batch(options: Options) -> int:
 
 def learning_rate(options: Options, step: int) -> float:
     """Rises for WARMUP steps, falls to 0 linearly."""
-    return options.lr * min(1, (step + 1) / WARMUP) * (1 - step / (options.rounds * options.round_steps))
+    return (
+        options.lr
+        * min(1, (step + 1) / WARMUP)
+        * (1 - step / (options.rounds * options.round_steps))
+    )
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Negatives from the student j rounds ago, and D's pretraining
 
 
@@ -506,11 +578,15 @@ def negatives_of(models: "Models", questions: list[Question], round_: int, run: 
     if asked and not path.exists():
         limit = rationale_limit(models, questions)
         if options.negatives == "fixed":
-            models = load_models(replace(options, student=f"{options.fixed_student}/student", judge="none"))
+            models = load_models(
+                replace(options, student=f"{options.fixed_student}/student", judge="none")
+            )
         torch.manual_seed(step_seed(options.seed, round_, "draw"))
         writing = f"negatives of round {round_}"
         texts = models.generate(list(asked.values()), limit, options.student_temperature, writing)
-        write_jsonl(path, ({"id": id, "output": text} for id, text in zip(asked, texts, strict=True)))
+        write_jsonl(
+            path, ({"id": id, "output": text} for id, text in zip(asked, texts, strict=True))
+        )
     source = run / "negatives" / f"round-{source_round(round_, lag):03d}.jsonl"
     rows = data.parse_jsonl(data.read_file(source), str(source))
     return {row["id"]: [row["output"]] for _, row in rows if row["output"]}
@@ -524,24 +600,31 @@ def corrupt(rng: random.Random, text: str, words: Sequence[str]) -> str:
     return " ".join(out)
 
 
-def pretrain_judge(models: "Models", questions: list[Question], optimizer: torch.optim.Optimizer) -> None:
+def pretrain_judge(
+    models: "Models", questions: list[Question], optimizer: torch.optim.Optimizer
+) -> None:
     """Train D on the teacher's positives and negatives; corrupted positives make the classes even."""
     options = models.options
     rng = random.Random(step_seed(options.seed, 0, "judge"))
     torch.manual_seed(step_seed(options.seed, 0, "judge"))
     known = [q for q in questions if q.positives and not q.held_out]
     words = [word for q in known[:1000] for word in q.positives[0].split()]
-    for _ in tqdm(range(options.judge_steps if known else 0), desc="discriminator", unit="step", leave=False):
+    for _ in tqdm(
+        range(options.judge_steps if known else 0), desc="discriminator", unit="step", leave=False
+    ):
         batch = rng.sample(known, min(judge_batch(options), len(known)))
         made: Drawn = {}
         for q in batch:
-            made[q.example.id] = [corrupt(rng, rng.choice(q.positives), words) for _ in q.positives[len(q.negatives) :]]
+            made[q.example.id] = [
+                corrupt(rng, rng.choice(q.positives), words)
+                for _ in q.positives[len(q.negatives) :]
+            ]
         models.parts.zero_grad()
         discriminator_loss(models, batch, made)[0].backward()
         update(optimizer)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The training loop
 
 
@@ -574,7 +657,9 @@ def train(models: "Models", questions: list[Question], run: Path) -> list[dict[s
         rounds = []
         if models.judge is not None:
             pretrain_judge(models, questions, optimizers[1])
-            print(f"discriminator pretrained: AUC {judge_auc(models, questions):.3f} on held-out questions")
+            print(
+                f"discriminator pretrained: AUC {judge_auc(models, questions):.3f} on held-out questions"
+            )
         save_checkpoint(run, models, optimizers, rounds)
     done, total = len(rounds) * options.round_steps, options.rounds * options.round_steps
     with tqdm(total=total, initial=done, desc="training", unit="step", mininterval=0.5) as bar:
@@ -588,7 +673,10 @@ def train(models: "Models", questions: list[Question], run: Path) -> list[dict[s
                 seen += train_step(models, optimizers, batch, drawn, round_, step)
                 bar.update()
             seconds = time.monotonic() - began
-            speed = {"examples/s": sum(map(len, batches)) / seconds, "drawing share": drawing / seconds}
+            speed = {
+                "examples/s": sum(map(len, batches)) / seconds,
+                "drawing share": drawing / seconds,
+            }
             means = means_of(seen)
             rounds.append({"round": round_} | means | judge_check(models, questions, means) | speed)
             tqdm.write(table_row(rounds[-1], header=bar.n == done + options.round_steps))
@@ -597,25 +685,29 @@ def train(models: "Models", questions: list[Question], run: Path) -> list[dict[s
     return rounds
 
 
-# ######################################################################################################################
+# ##################################################################################################
 # From here on machinery. Nothing below changes the method.
-# ######################################################################################################################
+# ##################################################################################################
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Models: from text through the student and D
 
 
 class Models:
     """The student, its discriminator (None where the method has none) and their tokenizer, on one device."""
 
-    def __init__(self, student: Any, tokenizer: Any, judge: Discriminator | None, options: Options) -> None:
+    def __init__(
+        self, student: Any, tokenizer: Any, judge: Discriminator | None, options: Options
+    ) -> None:
         self.student, self.tokenizer, self.options = student, tokenizer, options
         self.judge: Any = judge
         self.parts = nn.ModuleList([student] if judge is None else [student, judge])
         self.device = next(student.parameters()).device
         self.bf16 = options.precision == "bf16"
         if options.precision == "auto":
-            self.bf16 = self.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+            self.bf16 = self.device.type == "cuda" and torch.cuda.is_bf16_supported(
+                including_emulation=False
+            )
         width = student.get_input_embeddings().weight.shape[1]
         # rationales that are read at once: a GPU wants many, a CPU little padding and what its caches hold (T5-small: 8, 1.2
         # times as fast as 16; tiny: 128, with D's AUC in 0.6 of the time that 512 take)
@@ -632,7 +724,9 @@ class Models:
             yield
         self.parts.train()
 
-    def tokens(self, texts: list[str], limit: int, pairs: list[str] | None = None) -> dict[str, Tensor]:
+    def tokens(
+        self, texts: list[str], limit: int, pairs: list[str] | None = None
+    ) -> dict[str, Tensor]:
         """input_ids and attention_mask, (N, S), of texts, or of pairs of texts, cut at `limit` tokens."""
         batch = self.tokenizer(
             texts, pairs, padding=True, truncation=True, max_length=limit, return_tensors="pt"
@@ -649,7 +743,9 @@ class Models:
         with self.autocast():
             return self.student.get_encoder()(**batch).last_hidden_state, batch["attention_mask"]
 
-    def logits(self, encoded: tuple[Tensor, Tensor], rows: Any, targets: list[str]) -> tuple[Tensor, Tensor]:
+    def logits(
+        self, encoded: tuple[Tensor, Tensor], rows: Any, targets: list[str]
+    ) -> tuple[Tensor, Tensor]:
         """Teacher-forced logits (n, L, V) of targets for these rows of encoder states, and labels (n, L), -100 is none."""
         batch = self.tokens(targets, self.options.max_target)
         labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
@@ -662,17 +758,23 @@ class Models:
         )
         return output.logits.float(), labels
 
-    def loss_of(self, encoded: tuple[Tensor, Tensor], texts: list[list[str]], where: Tensor) -> Tensor:
+    def loss_of(
+        self, encoded: tuple[Tensor, Tensor], texts: list[list[str]], where: Tensor
+    ) -> Tensor:
         """l(f(x), r), (N, R), in nats per token, of the texts that `where` (N, R) names; 0 elsewhere."""
         grid = torch.zeros(where.shape, device=self.device)
         with self.autocast():  # around all groups: inside it the weights turn to bf16 once
             for at, targets in self.groups(texts, where):
                 logits, labels = self.logits(encoded, at[0], targets)
-                token = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view(labels.shape)
+                token = F.cross_entropy(
+                    logits.flatten(0, 1), labels.flatten(), reduction="none"
+                ).view(labels.shape)
                 grid = grid.index_put(at, token.sum(1) / (labels != -100).sum(1))
         return grid
 
-    def likeliest(self, encoded: tuple[Tensor, Tensor], rows: list[int], targets: list[str]) -> Tensor:
+    def likeliest(
+        self, encoded: tuple[Tensor, Tensor], rows: list[int], targets: list[str]
+    ) -> Tensor:
         """For MI: the max over a target's positions of the softmax, (n, V)."""
         with self.autocast():
             logits, labels = self.logits(encoded, rows, targets)
@@ -684,10 +786,14 @@ class Models:
         with self.autocast():
             for at, rationales in self.groups(texts, where):
                 inputs = [questions[i].example.input for i in at[0].tolist()]
-                grid = grid.index_put(at, self.judge(**self.tokens(inputs, self.options.max_input, rationales)))
+                grid = grid.index_put(
+                    at, self.judge(**self.tokens(inputs, self.options.max_input, rationales))
+                )
         return grid
 
-    def groups(self, texts: list[list[str]], where: Tensor) -> Iterator[tuple[tuple[Tensor, Tensor], list[str]]]:
+    def groups(
+        self, texts: list[list[str]], where: Tensor
+    ) -> Iterator[tuple[tuple[Tensor, Tensor], list[str]]]:
         """The texts that `where` (N, R) names, with their (rows, columns), in groups of like length.
 
         On a CPU 1.4 times as fast as all at once with T5-small's shape, and the groups bound the memory.
@@ -698,19 +804,27 @@ class Models:
             rows, columns = torch.tensor(group, device=self.device).T
             yield (rows, columns), [texts[i][j] for i, j in group]
 
-    def generate(self, inputs: list[str], limit: int, temperature: float = 0, desc: str = "writing") -> list[str]:
+    def generate(
+        self, inputs: list[str], limit: int, temperature: float = 0, desc: str = "writing"
+    ) -> list[str]:
         """What the student writes for each input: greedy, or sampled where temperature > 0. Longest inputs first."""
         order = sorted(range(len(inputs)), key=lambda i: -len(inputs[i]))
         how: Any = {"do_sample": temperature > 0, "max_new_tokens": limit}
         if temperature:
             how |= {"temperature": temperature, "top_k": 0}
         texts = [""] * len(inputs)
-        with tqdm(total=len(inputs), desc=desc, unit="question", leave=False) as bar, self.constant(), self.autocast():
+        with (
+            tqdm(total=len(inputs), desc=desc, unit="question", leave=False) as bar,
+            self.constant(),
+            self.autocast(),
+        ):
             for i in range(0, len(order), WRITE_BATCH):
                 at = order[i : i + WRITE_BATCH]
                 batch = self.tokens([inputs[j] for j in at], self.options.max_input)
                 output = self.student.generate(**batch, **how)
-                for j, text in zip(at, self.tokenizer.batch_decode(output, skip_special_tokens=True), strict=True):
+                for j, text in zip(
+                    at, self.tokenizer.batch_decode(output, skip_special_tokens=True), strict=True
+                ):
                     texts[j] = text.strip()
                 bar.update(len(at))
         return texts
@@ -723,34 +837,51 @@ def load_models(options: Options) -> Models:
     """The student named by --student and a discriminator started from its encoder; UserError if unusable."""
     path = str(data.tiny_student()) if options.student == "tiny" else options.student
     attention = "eager" if options.student == "tiny" else None  # 4% faster for matrices so small
-    said, how = f"--student {options.student}", {"trust_remote_code": False, "attn_implementation": attention}
+    said, how = (
+        f"--student {options.student}",
+        {"trust_remote_code": False, "attn_implementation": attention},
+    )
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         student: Any = AutoModelForSeq2SeqLM.from_pretrained(path, dtype=torch.float32, **how)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{said} is not a seq2seq model with its tokenizer: {first_line(error)}")
-    device = options.device if options.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    device = (
+        options.device
+        if options.device != "auto"
+        else "cuda"
+        if torch.cuda.is_available()
+        else "cpu"
+    )
     try:
         student.to(device).train()
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {options.device} cannot be used: {first_line(error)}")
     if tokenizer("a").input_ids[-1:] != [tokenizer.eos_token_id]:
-        tokenizer.add_eos_token = True  # T5Gemma's: without an end in its labels a student never learns to stop
+        tokenizer.add_eos_token = (
+            True  # T5Gemma's: without an end in its labels a student never learns to stop
+        )
     ids = tokenizer("predict: explain:").input_ids
     longest = getattr(student.config, "max_position_embeddings", None) or options.max_input
     rows = student.get_input_embeddings().weight.shape[0]
     if tokenizer.unk_token_id in ids or ids[-1] != tokenizer.eos_token_id or len(tokenizer) > rows:
-        raise UserError(f"{said} came without a tokenizer that fits it: add its own tokenizer files.")
+        raise UserError(
+            f"{said} came without a tokenizer that fits it: add its own tokenizer files."
+        )
     if longest < options.max_input:
         raise UserError(f"{said} reads {longest} tokens at most: add --max-input {longest}.")
     # a student writes greedily or as --student-temperature says, not with the beams, penalties, least lengths and
     # forced tokens of the generation config that it came with
     kept = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
-    student.generation_config = GenerationConfig(**{key: getattr(student.generation_config, key) for key in kept})
+    student.generation_config = GenerationConfig(
+        **{key: getattr(student.generation_config, key) for key in kept}
+    )
     judge = None
     if options.judge != "none":
         torch.manual_seed(step_seed(options.seed, 0, "mlp"))
-        encoder = student.get_encoder() if options.judge == "shared" else deepcopy(student.get_encoder())
+        encoder = (
+            student.get_encoder() if options.judge == "shared" else deepcopy(student.get_encoder())
+        )
         with torch.no_grad():
             states = encoder(input_ids=torch.tensor([ids], device=device)).last_hidden_state
         judge = Discriminator(encoder, states.shape[-1]).to(device)
@@ -763,7 +894,7 @@ def parts(n: int, count: int) -> list[slice]:
     return [slice(first, first + size) for first in range(0, n, size or 1)]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Scoring: a round's figures, D's AUC, label accuracy
 
 
@@ -773,13 +904,17 @@ def means_of(seen: list[Figures]) -> Figures:
     return {name: fmean(figures[name] for figures in seen if name in figures) for name in names}
 
 
-def judge_check(models: Models, questions: list[Question], means: dict[str, float]) -> dict[str, float]:
+def judge_check(
+    models: Models, questions: list[Question], means: dict[str, float]
+) -> dict[str, float]:
     """D's AUC on held-out questions, and a warning where D is of no use; nothing without D or without a pair."""
     if models.judge is None:
         return {}
     auc = judge_auc(models, questions)
     if auc < 0.55 or max(means.get("D pos", 1), means.get("D teacher neg", 1)) < 0.05:
-        tqdm.write("warning: the discriminator is near chance, or its scores have collapsed: lower --judge-lr.")
+        tqdm.write(
+            "warning: the discriminator is near chance, or its scores have collapsed: lower --judge-lr."
+        )
     return {} if math.isnan(auc) else {"D auc": auc}
 
 
@@ -795,7 +930,9 @@ def table_row(row: dict[str, Any], header: bool) -> str:
     cells = []
     for name in COLUMNS:
         value = row.get(name, "-")
-        cells.append(f"{value:7.{0 if value >= 20 else 3}f}" if isinstance(value, float) else f"{value:>7}")
+        cells.append(
+            f"{value:7.{0 if value >= 20 else 3}f}" if isinstance(value, float) else f"{value:>7}"
+        )
     names = "".join(f"{name:>7}" for name in COLUMNS.values())
     return (names + "\n" if header else "") + "".join(cells)
 
@@ -813,7 +950,9 @@ def judge_auc(models: Models, questions: list[Question]) -> float:
     for q, own, row in zip(held_out, texts, scores, strict=True):
         sides: dict[bool | None, list[float]] = {True: [], False: []}
         for text, score in zip(own, row):
-            sides[data.is_valid(q.example, text) if q.example.story else text in q.positives].append(score)
+            sides[
+                data.is_valid(q.example, text) if q.example.story else text in q.positives
+            ].append(score)
         wins += [(a > b) + (a == b) / 2 for a in sides[True] for b in sides[False]]
     return sum(wins) / len(wins) if wins else math.nan
 
@@ -840,7 +979,9 @@ def evaluate(
     a row for each question."""
     options, examples = models.options, splits[split]
     limit = label_limit(models, splits["train"])
-    labels = models.generate([f"predict: {e.input}" for e in examples], limit, desc=f"{split} labels")
+    labels = models.generate(
+        [f"predict: {e.input}" for e in examples], limit, desc=f"{split} labels"
+    )
     if options.method == "single":
         labels = [text.rpartition(ANSWER_MARK)[2].strip() for text in labels]
     rows: list[dict[str, Any]] = []
@@ -851,11 +992,16 @@ def evaluate(
         rationales = models.generate(inputs, options.max_target, desc=f"{split} rationales")
         for row, e, text in zip(rows, examples, rationales, strict=True):
             row |= {"rationale": text, "valid": data.is_valid(e, text)}
-    checked = {"accuracy": [row["correct"] for row in rows], "validity": [row.get("valid") for row in rows]}
-    return {name: sum(right) / len(right) for name, right in checked.items() if None not in right}, rows
+    checked = {
+        "accuracy": [row["correct"] for row in rows],
+        "validity": [row.get("valid") for row in rows],
+    }
+    return {
+        name: sum(right) / len(right) for name, right in checked.items() if None not in right
+    }, rows
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Checkpoints and the run directory
 
 
@@ -867,14 +1013,18 @@ def step_seed(seed: int, step: int, what: str) -> int:
 def make_optimizers(models: Models) -> list[torch.optim.Optimizer]:
     """AdamW of the student, and of what the discriminator trains of its own."""
     options, judge = models.options, models.judge
-    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(models.student.parameters(), options.lr, fused=True)]
+    optimizers: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW(models.student.parameters(), options.lr, fused=True)
+    ]
     if judge is not None:
         trained = judge.parameters() if options.judge == "own" else judge.mlp.parameters()
         optimizers.append(torch.optim.AdamW(trained, options.judge_lr, fused=True))
     return optimizers
 
 
-def save_checkpoint(run: Path, models: Models, optimizers: list[torch.optim.Optimizer], rounds: list[dict]) -> None:
+def save_checkpoint(
+    run: Path, models: Models, optimizers: list[torch.optim.Optimizer], rounds: list[dict]
+) -> None:
     """Write checkpoint.pt whole or not at all."""
     state = {"rounds": rounds, "models": models.parts.state_dict()}
     state["optimizers"] = [optimizer.state_dict() for optimizer in optimizers]
@@ -886,10 +1036,14 @@ def save_checkpoint(run: Path, models: Models, optimizers: list[torch.optim.Opti
         os.replace(temporary, run / "checkpoint.pt")
     except (OSError, RuntimeError) as error:
         temporary.unlink(missing_ok=True)
-        raise UserError(f"no checkpoint could be written to {run} ({first_line(error)}): make room and start again.")
+        raise UserError(
+            f"no checkpoint could be written to {run} ({first_line(error)}): make room and start again."
+        )
 
 
-def load_checkpoint(run: Path, models: Models, optimizers: list[torch.optim.Optimizer]) -> list[dict] | None:
+def load_checkpoint(
+    run: Path, models: Models, optimizers: list[torch.optim.Optimizer]
+) -> list[dict] | None:
     """Restore the last finished round; the metrics of all that are done, or None where there is no checkpoint."""
     path = run / "checkpoint.pt"
     if not path.exists():
@@ -925,40 +1079,68 @@ def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
 def open_run(options: Options) -> Path:
     """The run directory, ready for this run: new, or left unfinished by one with the same options."""
     student = re.sub(r"[^\w.-]+", "-", options.student).strip("-")
-    run = Path(options.out or f"runs/{Path(options.task).stem}-{student}-{options.method}-s{options.seed}")
+    run = Path(
+        options.out or f"runs/{Path(options.task).stem}-{student}-{options.method}-s{options.seed}"
+    )
     config = run / "config.json"
     wanted = asdict(options)
-    for name in ("out", "overwrite", "device", "api_concurrency"):  # these may differ in a run that goes on
+    for name in (
+        "out",
+        "overwrite",
+        "device",
+        "api_concurrency",
+    ):  # these may differ in a run that goes on
         del wanted[name]
     try:
         if options.overwrite and config.exists():
             shutil.rmtree(run)
         if config.exists():
             there = json.loads(config.read_text(encoding="utf-8"))
-            other = ", ".join(f"{flag(k)} {there.get(k)}" for k in wanted if wanted[k] != there.get(k))
+            other = ", ".join(
+                f"{flag(k)} {there.get(k)}" for k in wanted if wanted[k] != there.get(k)
+            )
             if other:
-                raise UserError(f"{run} holds a run with other options ({other}): use --out, or --overwrite.")
+                raise UserError(
+                    f"{run} holds a run with other options ({other}): use --out, or --overwrite."
+                )
         (run / "negatives").mkdir(parents=True, exist_ok=True)
         write_atomically(config, json.dumps(wanted, indent=2) + "\n")
     except (OSError, ValueError) as error:
-        raise UserError(f"{run} cannot be used as a run directory ({first_line(error)}): name another with --out.")
+        raise UserError(
+            f"{run} cannot be used as a run directory ({first_line(error)}): name another with --out."
+        )
     return run
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The command line
 
-MAY_BE_0 = ("temperature", "toy_errors", "lag", "alpha1", "alpha2", "alpha3", "beta", "delta", "mi_weight", "seed")
+MAY_BE_0 = (
+    "temperature",
+    "toy_errors",
+    "lag",
+    "alpha1",
+    "alpha2",
+    "alpha3",
+    "beta",
+    "delta",
+    "mi_weight",
+    "seed",
+)
 
 
 def check_options(options: Options) -> None:
     """UserError for a number that makes no sense."""
     for name, value in asdict(options).items():
-        if type(value) in (int, float) and not (0 < value < math.inf or value == 0 and name in MAY_BE_0):
+        if type(value) in (int, float) and not (
+            0 < value < math.inf or value == 0 and name in MAY_BE_0
+        ):
             least = "at least" if name in MAY_BE_0 else "above"
             raise UserError(f"{flag(name)} is {value}: it must be a finite number, {least} 0.")
     if options.negatives == "fixed" and not Path(options.fixed_student or "?", "student").is_dir():
-        raise UserError("--negatives fixed needs --fixed-student: the run directory of a finished --method dss run.")
+        raise UserError(
+            "--negatives fixed needs --fixed-student: the run directory of a finished --method dss run."
+        )
     if options.toy_errors > 1:
         raise UserError(f"--toy-errors is {options.toy_errors}: it is a probability, from 0 to 1.")
 
@@ -994,15 +1176,21 @@ def parse_options(argv: Sequence[str] | None = None) -> Options:
     return options
 
 
-def report(task: Task, examples: list[Example], samples: dict[str, list[Sample]], questions: list[Question]) -> None:
+def report(
+    task: Task, examples: list[Example], samples: dict[str, list[Sample]], questions: list[Question]
+) -> None:
     """Print what the vote did, and how often it and each teacher are right."""
     n, sampled = len(questions), sum(map(len, samples.values()))
     print(f"{n} questions, on average with {sampled / len(examples):.2f} samples, "
           f"{sum(len(q.positives) for q in questions) / n:.2f} positives, "
           f"{sum(len(q.negatives) for q in questions) / n:.2f} negatives")  # fmt: skip
-    right: dict[str, list[bool | None]] = defaultdict(list)  # by teacher, a sample each; None where there is no answer
+    right: dict[str, list[bool | None]] = defaultdict(
+        list
+    )  # by teacher, a sample each; None where there is no answer
     for example in examples:
-        answers = [(sample.teacher, task.key(sample.answer)) for sample in samples.get(example.id, [])]
+        answers = [
+            (sample.teacher, task.key(sample.answer)) for sample in samples.get(example.id, [])
+        ]
         voted = self_consistency([answer for _, answer in answers])[0]
         for name, answer in [("voted answer", voted), *answers]:
             right[name].append(None if answer is None else answer == task.key(example.label))
@@ -1012,14 +1200,18 @@ def report(task: Task, examples: list[Example], samples: dict[str, list[Sample]]
         print(f"{name}: {share:.1%} of {parsed} right, {own.count(None)} without an answer")
 
 
-def prepare(options: Options) -> tuple[Task, dict[str, list[Example]], dict[str, list[Sample]], list[Question]]:
+def prepare(
+    options: Options,
+) -> tuple[Task, dict[str, list[Example]], dict[str, list[Sample]], list[Question]]:
     """The task, its splits, the teacher's samples by question id, the voted questions; settles how long a round is."""
     task, splits = data.load_task(options.task, options.data, options.train_size)
     samples: dict[str, list[Sample]] = {}
     if options.positives != "none" or options.method == "single" or options.labels == "teacher":
         samples = data.collect(task, splits["train"], options.teacher, options)
     questions = vote(task, splits["train"], samples, options)
-    options.round_steps = options.round_steps or min(ROUND_STEPS, math.ceil(len(questions) / options.batch_size))
+    options.round_steps = options.round_steps or min(
+        ROUND_STEPS, math.ceil(len(questions) / options.batch_size)
+    )
     return task, splits, samples, questions
 
 
@@ -1034,12 +1226,20 @@ def tell_cuts(models: Models, questions: list[Question]) -> None:
             print(f"{cut} of {len(texts)} texts are longer than {flag(name)} and are cut.")
     ids = models.tokenizer([q.label for q in first]).input_ids
     written = models.tokenizer.batch_decode(ids, skip_special_tokens=True)
-    lost = [q.label for q, text in zip(first, written) if q.label.split() != text.split() or "\n" in q.label.strip()]
+    lost = [
+        q.label
+        for q, text in zip(first, written)
+        if q.label.split() != text.split() or "\n" in q.label.strip()
+    ]
     if lost:
-        print(f"{len(lost)} of {len(first)} labels cannot be written by this student, such as {lost[0]!r}.")
+        print(
+            f"{len(lost)} of {len(first)} labels cannot be written by this student, such as {lost[0]!r}."
+        )
 
 
-def finish(models: Models, task: Task, splits: dict[str, list[Example]], run: Path) -> dict[str, float]:
+def finish(
+    models: Models, task: Task, splits: dict[str, list[Example]], run: Path
+) -> dict[str, float]:
     """Save the student and the discriminator, and score the student on the validation and test splits."""
     models.student.save_pretrained(run / "student")
     models.tokenizer.save_pretrained(run / "student")
@@ -1062,7 +1262,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         models = load_models(options)
         tell_cuts(models, questions)
         last = train(models, questions, run)[-1]
-        result = finish(models, task, splits, run) | {name: last[name] for name in ("D auc",) if name in last}
+        result = finish(models, task, splits, run) | {
+            name: last[name] for name in ("D auc",) if name in last
+        }
         write_atomically(run / "result.json", json.dumps(result) + "\n")
     result = json.loads((run / "result.json").read_text(encoding="utf-8"))
     print(", ".join(f"{key} {value:.3f}" for key, value in result.items()))
@@ -1077,7 +1279,17 @@ DSS_ON_TOY = "dss has accuracy 0.734 and validity 0.366 here, means of ten runs 
 
 def how_to_read(options: Options, argv: list[str]) -> str:
     """What the figures of a finished run are to be compared with."""
-    same = ("task", "student", "train_size", "labels", "teacher", "k", "toy_errors", "rounds", "batch_size")
+    same = (
+        "task",
+        "student",
+        "train_size",
+        "labels",
+        "teacher",
+        "k",
+        "toy_errors",
+        "rounds",
+        "batch_size",
+    )
     usual = fill_in(Options())
     if all(getattr(options, name) == getattr(usual, name) for name in same):
         return f"accuracy: right labels; validity: rationales with every step right. To compare: {DSS_ON_TOY}."
@@ -1097,10 +1309,16 @@ def run_command(command: Callable[[], Any]) -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except torch.OutOfMemoryError:
-        print("error: the GPU's memory is full: lower --batch-size or raise --grad-accum.", file=sys.stderr)
+        print(
+            "error: the GPU's memory is full: lower --batch-size or raise --grad-accum.",
+            file=sys.stderr,
+        )
         sys.exit(2)
     except KeyboardInterrupt:
-        print("Stopped. Finished rounds are saved; the same command goes on from there.", file=sys.stderr)
+        print(
+            "Stopped. Finished rounds are saved; the same command goes on from there.",
+            file=sys.stderr,
+        )
         sys.exit(130)
 
 

@@ -66,8 +66,12 @@ def make_student(shape: str, texts: list[str], folder: Path) -> None:
         sentence_iterator=iter(texts), model_writer=model, vocab_size=4000, character_coverage=1.0,
         pad_id=0, eos_id=1, unk_id=2, bos_id=-1, minloglevel=2, hard_vocab_limit=False)  # fmt: skip
     pieces = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
-    tokenizer = T5Tokenizer(vocab=[(pieces.id_to_piece(i), pieces.get_score(i)) for i in range(len(pieces))])
-    config = T5Config(vocab_size=32128, decoder_start_token_id=0, pad_token_id=0, eos_token_id=1, **SHAPES[shape])
+    tokenizer = T5Tokenizer(
+        vocab=[(pieces.id_to_piece(i), pieces.get_score(i)) for i in range(len(pieces))]
+    )
+    config = T5Config(
+        vocab_size=32128, decoder_start_token_id=0, pad_token_id=0, eos_token_id=1, **SHAPES[shape]
+    )
     torch.manual_seed(0)
     T5ForConditionalGeneration(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -77,15 +81,25 @@ def make_student(shape: str, texts: list[str], folder: Path) -> None:
 # The contenders: each gives a function that trains `steps` steps and returns the seconds that they took
 
 
-def trainer_dss(student: Path, questions: list[qcrd.Question], batch: int) -> Callable[[int], float]:
-    models = qcrd.load_models(qcrd.fill_in(qcrd.Options(student=str(student), method="dss", precision=PRECISION)))
+def trainer_dss(
+    student: Path, questions: list[qcrd.Question], batch: int
+) -> Callable[[int], float]:
+    models = qcrd.load_models(
+        qcrd.fill_in(qcrd.Options(student=str(student), method="dss", precision=PRECISION))
+    )
     model, tokenizer = models.student, models.tokenizer
 
     def features(prefix: str, q: qcrd.Question, target: str) -> dict[str, Any]:
-        return {"input_ids": tokenizer(prefix + q.example.input).input_ids, "labels": tokenizer(target).input_ids}
+        return {
+            "input_ids": tokenizer(prefix + q.example.input).input_ids,
+            "labels": tokenizer(target).input_ids,
+        }
 
     rows = [
-        {"pred": features("predict: ", q, q.label), "expl": features("explain: ", q, q.positives[0])}
+        {
+            "pred": features("predict: ", q, q.label),
+            "expl": features("explain: ", q, q.positives[0]),
+        }
         for q in questions
         if q.positives
     ]
@@ -115,13 +129,17 @@ def trainer_dss(student: Path, questions: list[qcrd.Question], batch: int) -> Ca
         def pairs(items: list[dict]) -> dict[str, Any]:
             return {task: collate([item[task] for item in items]) for task in ("pred", "expl")}
 
-        TwoTasks(model, arguments, data_collator=pairs, train_dataset=rows, callbacks=[clock]).train()
+        TwoTasks(
+            model, arguments, data_collator=pairs, train_dataset=rows, callbacks=[clock]
+        ).train()
         return clock.end - clock.begin
 
     return run
 
 
-def obvious_qcrd(student: Path, questions: list[qcrd.Question], batch: int) -> Callable[[int], float]:
+def obvious_qcrd(
+    student: Path, questions: list[qcrd.Question], batch: int
+) -> Callable[[int], float]:
     """As a first version is written: loops over rationales, everything with gradients."""
     models = qcrd.load_models(qcrd.fill_in(qcrd.Options(student=str(student), precision=PRECISION)))
     model, tokenizer = models.student, models.tokenizer
@@ -132,7 +150,9 @@ def obvious_qcrd(student: Path, questions: list[qcrd.Question], batch: int) -> C
     asked = 0
 
     def tokens(texts: list[str]) -> dict[str, torch.Tensor]:
-        return tokenizer(texts, return_tensors="pt", padding=True, truncation=True, max_length=256).to(DEVICE)
+        return tokenizer(
+            texts, return_tensors="pt", padding=True, truncation=True, max_length=256
+        ).to(DEVICE)
 
     def nll(inputs: list[str], targets: list[str]) -> torch.Tensor:
         labels = tokens(targets).input_ids
@@ -144,20 +164,36 @@ def obvious_qcrd(student: Path, questions: list[qcrd.Question], batch: int) -> C
     def step(part: list[qcrd.Question]) -> None:
         explain = ["explain: " + q.example.input for q in part]
         with models.autocast():
-            loss = 0.5 * nll(["predict: " + q.example.input for q in part], [q.label for q in part]).mean()
-            own = model.generate(**tokens(explain), do_sample=True, temperature=1.5, max_new_tokens=64)
-            negatives = [[*q.negatives, t] for q, t in zip(part, tokenizer.batch_decode(own, skip_special_tokens=True))]
+            loss = (
+                0.5
+                * nll(["predict: " + q.example.input for q in part], [q.label for q in part]).mean()
+            )
+            own = model.generate(
+                **tokens(explain), do_sample=True, temperature=1.5, max_new_tokens=64
+            )
+            negatives = [
+                [*q.negatives, t]
+                for q, t in zip(part, tokenizer.batch_decode(own, skip_special_tokens=True))
+            ]
             sides = []
             for texts in ([q.positives for q in part], negatives):
                 sides.append({"nll": [], "score": [], "mask": []})
                 for j in range(max(map(len, texts))):
                     column = [own[j] if j < len(own) else "none" for own in texts]
                     sides[-1]["nll"].append(nll(explain, column))
-                    sides[-1]["score"].append(judge(**tokens([f"{e} {c}" for e, c in zip(explain, column)])))
-                    sides[-1]["mask"].append(torch.tensor([j < len(own) for own in texts], device=DEVICE))
-            l, score, mask = (torch.stack(sides[0][key] + sides[1][key], 1) for key in ("nll", "score", "mask"))
+                    sides[-1]["score"].append(
+                        judge(**tokens([f"{e} {c}" for e, c in zip(explain, column)]))
+                    )
+                    sides[-1]["mask"].append(
+                        torch.tensor([j < len(own) for own in texts], device=DEVICE)
+                    )
+            l, score, mask = (
+                torch.stack(sides[0][key] + sides[1][key], 1) for key in ("nll", "score", "mask")
+            )
             is_pos = torch.arange(mask.shape[1], device=DEVICE) < len(sides[0]["mask"])
-            pos_share, neg_share = (qcrd.choose(l, mask & of, pick) for of, pick in ((is_pos, "min"), (~is_pos, "max")))
+            pos_share, neg_share = (
+                qcrd.choose(l, mask & of, pick) for of, pick in ((is_pos, "min"), (~is_pos, "max"))
+            )
             weight = qcrd.quality_weights(score, pos_share)
             loss_cl = qcrd.contrastive_loss(l, pos_share, neg_share, weight, delta=100.0)[0]
             loss_d = qcrd.judge_loss(score, torch.where(is_pos, 1, 2) * mask)
@@ -179,12 +215,21 @@ def obvious_qcrd(student: Path, questions: list[qcrd.Question], batch: int) -> C
 
 
 def ours(
-    student: Path, questions: list[qcrd.Question], batch: int, method: str, shares: list[float] | None = None
+    student: Path,
+    questions: list[qcrd.Question],
+    batch: int,
+    method: str,
+    shares: list[float] | None = None,
 ) -> Callable[[int], float]:
     """The project's own steps; for qcrd with the writing of the negatives that they use, its share into `shares`."""
     options = qcrd.fill_in(
         qcrd.Options(
-            student=str(student), method=method, batch_size=batch, delta=100.0, rounds=10**6, precision=PRECISION
+            student=str(student),
+            method=method,
+            batch_size=batch,
+            delta=100.0,
+            rounds=10**6,
+            precision=PRECISION,
         )
     )
     options.round_steps = len(questions) // batch
@@ -203,7 +248,9 @@ def ours(
         drawn: qcrd.Drawn = {}
         if method == "qcrd":
             asked = [q.example for own in part for q in own]
-            texts = models.generate([f"explain: {e.input}" for e in asked], limit, options.student_temperature)
+            texts = models.generate(
+                [f"explain: {e.input}" for e in asked], limit, options.student_temperature
+            )
             drawn = {e.id: [text] for e, text in zip(asked, texts)}
         drawing = synchronized() - began
         for own in part:
@@ -222,10 +269,19 @@ def ours(
 def load_questions(folder: Path, k: int | None = None) -> list[qcrd.Question]:
     """SVAMP's training questions with the real samples, each filled up to K by repeating with a word changed."""
     options = qcrd.fill_in(
-        qcrd.Options(task="svamp", data=str(folder / "datasets.zip"), teacher=[str(folder / "samples/svamp.jsonl")])
+        qcrd.Options(
+            task="svamp",
+            data=str(folder / "datasets.zip"),
+            teacher=[str(folder / "samples/svamp.jsonl")],
+        )
     )
     task, splits = data.load_task("svamp", options.data)
-    questions = qcrd.vote(task, splits["train"], data.collect(task, splits["train"], options.teacher, options), options)
+    questions = qcrd.vote(
+        task,
+        splits["train"],
+        data.collect(task, splits["train"], options.teacher, options),
+        options,
+    )
     questions = [q for q in questions if q.positives]
     for q in questions if k else []:
         texts = q.positives + q.negatives
@@ -233,7 +289,9 @@ def load_questions(folder: Path, k: int | None = None) -> list[qcrd.Question]:
     return questions
 
 
-def contenders(student: Path, questions: list[qcrd.Question], batch: int, shares: list[float]) -> dict[str, Any]:
+def contenders(
+    student: Path, questions: list[qcrd.Question], batch: int, shares: list[float]
+) -> dict[str, Any]:
     return {
         "Seq2SeqTrainer, dss": lambda: trainer_dss(student, questions, batch),
         "ours, dss": lambda: ours(student, questions, batch, "dss"),
@@ -257,10 +315,14 @@ def peak_memory(name: str, student: Path, options: argparse.Namespace) -> float:
     """GB: of the GPU's tensors, or of a process of its own that trains a few steps."""
     command = [sys.executable, __file__, "--data", str(options.data), "--batch", str(options.batch), "--precision", PRECISION,
                "--memory-of", name, "--student", str(student), "--steps", "2"]  # fmt: skip
-    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
+    return float(
+        subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1]
+    )
 
 
-def count_products(student: Path, questions: list, options: argparse.Namespace, speed: dict[str, float]) -> None:
+def count_products(
+    student: Path, questions: list, options: argparse.Namespace, speed: dict[str, float]
+) -> None:
     """Matrix products a question, counted on four steps of four questions, against the machine's rate."""
     rate = product_rate(torch.bfloat16 if PRECISION == "bf16" else torch.float32)
     print(f"\n| | GFLOP a question | of {rate:.0f} GFLOP/s ({PRECISION}) |\n|---|---|---|")
@@ -292,7 +354,10 @@ def table(student: Path, options: argparse.Namespace) -> None:
     for name in runs:
         print(f"| {name} | {speed[name]:.2f} | {speed[name] / speed[peer]:.2f} |")
     print(f"\nqcrd against obvious qcrd: {speed['ours, qcrd'] / speed['obvious qcrd']:.1f} times")
-    print(f"share of qcrd's time that writes negatives: {statistics.median(shares[1:]):.0%}", flush=True)
+    print(
+        f"share of qcrd's time that writes negatives: {statistics.median(shares[1:]):.0%}",
+        flush=True,
+    )
     runs.clear()
     count_products(student, questions, options, speed)
     print("\n| | peak GB | ratio to the trainer |\n|---|---|---|")
@@ -319,7 +384,9 @@ def grow(student: Path, options: argparse.Namespace) -> None:
     print("\n| questions | seconds for the batches of a round |\n|---|---|")
     for n in (1_000, 10_000, 100_000):
         many = [questions[i % len(questions)] for i in range(n)]
-        setting = qcrd.fill_in(qcrd.Options(student="", batch_size=options.batch, round_steps=n // options.batch))
+        setting = qcrd.fill_in(
+            qcrd.Options(student="", batch_size=options.batch, round_steps=n // options.batch)
+        )
         began = time.perf_counter()
         qcrd.round_batches(many, setting, 0)
         print(f"| {n} | {time.perf_counter() - began:.2f} |")
@@ -341,7 +408,9 @@ def main() -> None:
     PRECISION = options.precision
     logging.disable(logging.WARNING)
     if options.memory_of:
-        contenders(options.student, load_questions(options.data), options.batch, [])[options.memory_of]()(options.steps)
+        contenders(options.student, load_questions(options.data), options.batch, [])[
+            options.memory_of
+        ]()(options.steps)
         if DEVICE.type == "cuda":
             print(torch.cuda.max_memory_allocated() / 1e9)
         else:  # not ru_maxrss, which a child inherits from its parent
@@ -351,7 +420,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         student = Path(folder)
         questions = load_questions(options.data)
-        make_student(options.shape, [t for q in questions for t in (q.example.input, *q.positives)], student)
+        make_student(
+            options.shape, [t for q in questions for t in (q.example.input, *q.positives)], student
+        )
         (grow if options.grow else table)(student, options)
 
 

@@ -23,7 +23,14 @@ from qcrd import Discriminator, Models, Options
 
 
 def make_options(**changes: Any) -> Options:
-    small = {"batch_size": 4, "lr": 1e-3, "judge_lr": 1e-3, "judge_every": 4, "rounds": 2, "round_steps": 2}
+    small = {
+        "batch_size": 4,
+        "lr": 1e-3,
+        "judge_lr": 1e-3,
+        "judge_every": 4,
+        "rounds": 2,
+        "round_steps": 2,
+    }
     return qcrd.fill_in(Options(**(small | changes)))
 
 
@@ -32,7 +39,14 @@ def tokenizer() -> Any:
     return data.tiny_tokenizer(random.Random(0))
 
 
-SHAPE = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 1, "num_decoder_layers": 1, "num_heads": 4}
+SHAPE = {
+    "d_model": 32,
+    "d_kv": 8,
+    "d_ff": 64,
+    "num_layers": 1,
+    "num_decoder_layers": 1,
+    "num_heads": 4,
+}
 IDS = {"decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 1}
 
 
@@ -53,7 +67,9 @@ def a_student(kind: str = "t5") -> Any:
         half = {"vocab_size": size, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1,
                 "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "bos_token_id": 1}  # fmt: skip
         half |= {"eos_token_id": 1, "pad_token_id": 0}
-        return T5GemmaForConditionalGeneration(T5GemmaConfig(encoder=half, decoder=half, vocab_size=size))
+        return T5GemmaForConditionalGeneration(
+            T5GemmaConfig(encoder=half, decoder=half, vocab_size=size)
+        )
     config: Any = {"vocab_size": size, "dropout_rate": 0.0} | SHAPE | IDS
     if kind == "mt5":
         return MT5ForConditionalGeneration(MT5Config(**config))
@@ -68,5 +84,7 @@ def small_models(options: Options) -> Models:
     encoder = student.get_encoder()
     judge = None
     if options.judge != "none":
-        judge = Discriminator(encoder if options.judge == "shared" else deepcopy(encoder), SHAPE["d_model"])
+        judge = Discriminator(
+            encoder if options.judge == "shared" else deepcopy(encoder), SHAPE["d_model"]
+        )
     return Models(student, tokenizer(), judge, options)

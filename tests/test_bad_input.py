@@ -86,7 +86,10 @@ def refusal(capfd, *argv: str) -> str:
 
 @pytest.mark.parametrize(("options", "sentence"), OPTIONS)
 def test_bad_options(place, capfd, options, sentence):
-    rows = [{"id": f"toy-train-{i}", "teacher": "t", "sample": 0, "output": "The answer is 3."} for i in range(12)]
+    rows = [
+        {"id": f"toy-train-{i}", "teacher": "t", "sample": 0, "output": "The answer is 3."}
+        for i in range(12)
+    ]
     Path("samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert sentence in refusal(capfd, *options.replace("SAMPLES", "samples.jsonl").split())
 
@@ -181,7 +184,9 @@ def test_bad_zips(place, capfd, number):
 
 
 def test_a_corrupt_member_is_one_sentence(place, capfd):
-    content = bytearray(a_zip(**{"datasets/svamp/svamp_train.json": random.Random(0).randbytes(5000)}))
+    content = bytearray(
+        a_zip(**{"datasets/svamp/svamp_train.json": random.Random(0).randbytes(5000)})
+    )
     content[200:2000] = bytes(1800)
     Path("release.zip").write_bytes(content)
     assert "cannot be read" in refusal(capfd, "--task", "svamp", "--data", "release.zip")
@@ -199,7 +204,9 @@ def wrong_tokenizer() -> None:
 
 
 def decoder_only() -> None:
-    GPT2LMHeadModel(GPT2Config(vocab_size=400, n_embd=32, n_layer=1, n_head=2)).save_pretrained("bad")
+    GPT2LMHeadModel(GPT2Config(vocab_size=400, n_embd=32, n_layer=1, n_head=2)).save_pretrained(
+        "bad"
+    )
     tokenizer().save_pretrained("bad")
 
 
@@ -217,7 +224,10 @@ def own_code() -> None:
     Path("bad").mkdir()
     Path("bad/config.json").write_text(
         json.dumps(
-            {"model_type": "mine", "auto_map": {"AutoModelForSeq2SeqLM": "mine.Model", "AutoConfig": "mine.Config"}}
+            {
+                "model_type": "mine",
+                "auto_map": {"AutoModelForSeq2SeqLM": "mine.Model", "AutoConfig": "mine.Config"},
+            }
         )
     )
     Path("bad/mine.py").write_text("raise SystemExit('this code must not run')")
@@ -231,7 +241,8 @@ def too_many_tokens() -> None:
 
 
 @pytest.mark.parametrize(
-    "make", [no_tokenizer, wrong_tokenizer, decoder_only, empty, broken_weights, own_code, too_many_tokens]
+    "make",
+    [no_tokenizer, wrong_tokenizer, decoder_only, empty, broken_weights, own_code, too_many_tokens],
 )
 def test_bad_model_folders(place, capfd, make):
     make()
@@ -259,7 +270,8 @@ def test_from_the_shell_a_bad_input_is_one_line_and_exit_code_2(tmp_path):
         check=False,
     )
     assert (
-        process.returncode == 2 and process.stderr == "error: --beta is nan: it must be a finite number, at least 0.\n"
+        process.returncode == 2
+        and process.stderr == "error: --beta is nan: it must be a finite number, at least 0.\n"
     )
 
 
@@ -278,7 +290,14 @@ def test_both_parsers_survive_anything():
             rationale, answer = data.parse_output(task, example, text)
             assert isinstance(rationale, str) and (answer is None or isinstance(answer, str))
             assert answer is None or not example.choices or answer in example.choices
-    for text in ["(" * 10_000, "-" * 10_000, "1+" * 10_000, "Answer:" * 5_000, "1 " * 10_000, "(a) " * 10_000]:
+    for text in [
+        "(" * 10_000,
+        "-" * 10_000,
+        "1+" * 10_000,
+        "Answer:" * 5_000,
+        "1 " * 10_000,
+        "(a) " * 10_000,
+    ]:
         started = time.process_time()
         for task, example in examples:
             data.parse_output(task, example, text)
@@ -291,5 +310,12 @@ def test_help_tells_each_option_and_its_default(capsys):
         qcrd.main(["--help"])
     text = capsys.readouterr().out
     assert max(map(len, text.split("\n"))) <= 120
-    for part in ("--seed", "(default 0)", "--delta", "(default 3; tiny 1)", "--lr", "(default 5e-5; tiny 3e-3)"):
+    for part in (
+        "--seed",
+        "(default 0)",
+        "--delta",
+        "(default 3; tiny 1)",
+        "--lr",
+        "(default 5e-5; tiny 3e-3)",
+    ):
         assert part in text

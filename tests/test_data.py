@@ -14,7 +14,14 @@ from tests.helpers import make_options
 
 @pytest.mark.parametrize(
     ("text", "value"),
-    [("( ( 7 + 5 ) - 2 )", 10), ("84 / 2", 42), ("( 84.0 / 2.0 )", 42), ("-3 + 5", 2), ("42", 42), ("2 * (3 + 4)", 14)],
+    [
+        ("( ( 7 + 5 ) - 2 )", 10),
+        ("84 / 2", 42),
+        ("( 84.0 / 2.0 )", 42),
+        ("-3 + 5", 2),
+        ("42", 42),
+        ("2 * (3 + 4)", 14),
+    ],
 )
 def test_equations_have_values(text, value):
     assert equation_value(text) == value
@@ -44,7 +51,11 @@ def test_labels_steps_and_events_agree():
             if event.thing == story.thing and story.person in (event.who, event.other):
                 up = (event.verb in ("bought", "found", "got")) == (story.person == event.who)
                 count += event.n if up else -event.n
-        assert equation_value(example.label) == count == data.follow(story.start, story.changes())[-1].c
+        assert (
+            equation_value(example.label)
+            == count
+            == data.follow(story.start, story.changes())[-1].c
+        )
 
 
 STORY = data.Story("Anna", "apples", 7, (data.Event("Anna", "bought", 5, "apples"), data.Event("Ben", "found", 3, "apples"), data.Event("Anna", "gave", 2, "apples", "Ben")))  # fmt: skip
@@ -55,7 +66,10 @@ def test_how_a_story_reads():
     assert STORY.input() == told + "\nHow many apples does Anna have now?"
     gift = data.Event("Anna", "got", 2, "apples", "Ben")
     assert str(gift) == "Anna got 2 apples from Ben"
-    changes = [gift.change(*of) for of in (("Anna", "apples"), ("Ben", "apples"), ("Anna", "eggs"), ("Emma", "apples"))]
+    changes = [
+        gift.change(*of)
+        for of in (("Anna", "apples"), ("Ben", "apples"), ("Anna", "eggs"), ("Emma", "apples"))
+    ]
     assert changes == [2, -2, 0, 0]
 
 
@@ -95,7 +109,9 @@ def test_a_right_teacher_is_always_valid_and_a_wrong_one_never():
         assert not data.is_valid(example, rationale)
 
 
-CQA = Example("c", "?", "math problem", ("park", "coloring book", "garden center", "math problem", "gravity"))
+CQA = Example(
+    "c", "?", "math problem", ("park", "coloring book", "garden center", "math problem", "gravity")
+)
 NLI = Example("n", "?", "neutral", data.NLI)
 
 
@@ -119,7 +135,10 @@ NLI = Example("n", "?", "neutral", data.NLI)
     ],
 )  # fmt: skip
 def test_parsing(task, example, output, rationale, answer):
-    assert parse_output(TASKS[task], example or Example("s", "?", "1"), output) == (rationale, answer)
+    assert parse_output(TASKS[task], example or Example("s", "?", "1"), output) == (
+        rationale,
+        answer,
+    )
 
 
 NUMBER_OUTPUTS = [
@@ -176,7 +195,11 @@ LETTERS = Example("l", "?", "beta", ("alpha", "beta", "gamma"))
         (NLI, "The hypothesis is not an entailment; it is a contradiction.", "contradiction"),
         (NLI, "The premise entails the hypothesis.", "entailment"),
         (NLI, "This contradicts the premise.", "contradiction"),
-        (NLI, "It does not contradict the premise, nor does it entail it; so it is neutral.", "neutral"),
+        (
+            NLI,
+            "It does not contradict the premise, nor does it entail it; so it is neutral.",
+            "neutral",
+        ),
         (NLI, "It isn't entailed; neutral.", "neutral"),
         (NLI, "The hypothesis is not entailed.", None),
     ],
@@ -194,7 +217,12 @@ def test_a_task_of_ones_own_with_numbers_as_labels_compares_by_value(tmp_path):
     task, splits = data.load_task(str(path))
     assert task.numeric and sorted(e.label for split in splits.values() for e in split) == sorted(["15", "15", "1,234", "$3", "( 7 + 8 )"])  # fmt: skip
     example = Example("x", "?", "15")
-    for output in ("The answer is $15.", "The answer is 15.0", "The answer is 13 + 2 = 15", "So it is.\n#### 15"):
+    for output in (
+        "The answer is $15.",
+        "The answer is 15.0",
+        "The answer is 13 + 2 = 15",
+        "So it is.\n#### 15",
+    ):
         assert task.correct(parse_output(task, example, output)[1], example), output
     assert task.correct("1234", Example("y", "?", "1,234")) and not task.correct("16", example)
     rows[0]["label"] = "fifteen"
@@ -204,11 +232,15 @@ def test_a_task_of_ones_own_with_numbers_as_labels_compares_by_value(tmp_path):
 
 def test_a_task_of_ones_own_takes_the_text_after_the_marker():
     example = Example("x", "?", "blue")
-    assert parse_output(data.Task("own"), example, "The sky. So the answer is blue.") == ("The sky.", "blue")
+    assert parse_output(data.Task("own"), example, "The sky. So the answer is blue.") == (
+        "The sky.",
+        "blue",
+    )
 
 
 @pytest.mark.parametrize(
-    ("task", "least"), [("svamp", (0.99, 0.9)), ("cqa", (0.99, 0.9)), ("anli", (0.99, 0.9)), ("esnli", (0.99, 0.9))]
+    ("task", "least"),
+    [("svamp", (0.99, 0.9)), ("cqa", (0.99, 0.9)), ("anli", (0.99, 0.9)), ("esnli", (0.99, 0.9))],
 )
 def test_real_teacher_outputs_parse(real_data, task, least):
     record, splits = data.load_task(task, str(real_data / "datasets.zip"))
@@ -223,22 +255,36 @@ def test_real_teacher_outputs_parse(real_data, task, least):
         )
         assert not data.MARKER.search(rationale) and "<Answer>" not in rationale
     for family in total:
-        assert parsed[family] / total[family] >= (least[1] if family == "llama" else least[0]), family
+        assert parsed[family] / total[family] >= (least[1] if family == "llama" else least[0]), (
+            family
+        )
 
 
 def test_the_metric_is_dss_s_metric():
     rng = random.Random(0)
     task = TASKS["svamp"]
     for _ in range(300):
-        a, b = (f"( {rng.randint(0, 9)}.0 {rng.choice('+-*/')} {rng.randint(0, 9)}.0 )" for _ in range(2))
+        a, b = (
+            f"( {rng.randint(0, 9)}.0 {rng.choice('+-*/')} {rng.randint(0, 9)}.0 )"
+            for _ in range(2)
+        )
 
-        def dss(text: str) -> float:  # what its metric computes for such equations; nan where Python raises
+        def dss(
+            text: str,
+        ) -> float:  # what its metric computes for such equations; nan where Python raises
             x, op, y = text.split()[1:4]
-            ops = {"+": float.__add__, "-": float.__sub__, "*": float.__mul__, "/": lambda p, q: p / q if q else np.nan}
+            ops = {
+                "+": float.__add__,
+                "-": float.__sub__,
+                "*": float.__mul__,
+                "/": lambda p, q: p / q if q else np.nan,
+            }
             return ops[op](float(x), float(y))
 
         assert task.correct(a, Example("q", "?", b)) == (dss(a) == dss(b))
-    assert not TASKS["cqa"].correct("Math problem", CQA) and TASKS["cqa"].correct("math problem", CQA)
+    assert not TASKS["cqa"].correct("Math problem", CQA) and TASKS["cqa"].correct(
+        "math problem", CQA
+    )
 
 
 def test_splits_are_those_of_dss(real_data):
@@ -262,7 +308,10 @@ def test_palm_is_the_default_teacher_of_the_real_tasks(real_data, capsys):
     task, splits = data.load_task("svamp", options.data)
     samples = data.collect(task, splits["train"], [], options)
     assert "--k" in capsys.readouterr().out
-    assert all(len(own) == 1 and own[0].teacher == "palm-540b" for own in samples.values()) and len(samples) == 720
+    assert (
+        all(len(own) == 1 and own[0].teacher == "palm-540b" for own in samples.values())
+        and len(samples) == 720
+    )
 
 
 def test_a_task_of_ones_own_holds_out_by_seed_and_brings_its_rationales(tmp_path):

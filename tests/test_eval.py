@@ -53,7 +53,9 @@ def test_a_study_runs_what_is_missing_and_goes_on(student, tmp_path):  # noqa: F
         "--options",
         small,
     ]
-    first = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=280)
+    first = subprocess.run(
+        command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=280
+    )
     assert first.returncode == 0, first.stderr
     results = sorted(tmp_path.rglob("result.json"))
     assert len(results) == 6
@@ -61,13 +63,17 @@ def test_a_study_runs_what_is_missing_and_goes_on(student, tmp_path):  # noqa: F
     assert "| dss |" in table and "±" in table and table in first.stdout
     results[0].unlink()  # as if the study had been killed
     times = [p.stat().st_mtime_ns for p in results[1:]]
-    again = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=280)
+    again = subprocess.run(
+        command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=280
+    )
     assert again.returncode == 0 and results[0].exists()
     assert [p.stat().st_mtime_ns for p in results[1:]] == times
 
 
 def test_paired_difference_by_hand():
-    ours, theirs = ([{"accuracy": x} for x in values] for values in ((0.8, 0.9, 0.7), (0.7, 0.7, 0.7)))
+    ours, theirs = (
+        [{"accuracy": x} for x in values] for values in ((0.8, 0.9, 0.7), (0.7, 0.7, 0.7))
+    )
     # differences of 10, 20 and 0 points: mean 10, standard error 10 / sqrt(3); t = 4.30 at two degrees of freedom
     gain, half = evaluation.paired_difference(ours, theirs, "accuracy")
     assert gain == pytest.approx(10) and half == pytest.approx(4.30 * 10 / 3**0.5)
@@ -78,7 +84,9 @@ def test_a_row_is_compared_with_dss_on_the_same_data():
     assert evaluation.baseline_of("--method mi --labels teacher") == "--method dss --labels teacher"
     for name in ("noise", "size"):
         rows = evaluation.STUDIES[name].values()
-        assert {evaluation.baseline_of(row) for row in rows} == {row for row in rows if "dss" in row}
+        assert {evaluation.baseline_of(row) for row in rows} == {
+            row for row in rows if "dss" in row
+        }
 
 
 def test_studies_share_the_runs_they_have_in_common():
@@ -88,14 +96,29 @@ def test_studies_share_the_runs_they_have_in_common():
              "negatives": "student, j = 5", "judge": "own, bce", "size": "qcrd, 100%"}  # fmt: skip
     assert [evaluation.STUDIES[study][row] for study, row in whole.items()] == [""] * 6
     defaults = qcrd.parse_options([])
-    assert (defaults.method, defaults.scheme, defaults.lag, defaults.judge) == ("qcrd", "minmax", 5, "own")
-    assert (defaults.judge_loss, defaults.negatives, defaults.positives) == ("bce", "student", "all")
+    assert (defaults.method, defaults.scheme, defaults.lag, defaults.judge) == (
+        "qcrd",
+        "minmax",
+        5,
+        "own",
+    )
+    assert (defaults.judge_loss, defaults.negatives, defaults.positives) == (
+        "bce",
+        "student",
+        "all",
+    )
     assert evaluation.run_path(options, "--method dss", 3).name == "tiny-method-dss-s3"
 
 
 @pytest.mark.parametrize(
     ("forward", "backward", "expected"),
-    [("A", "B", "A"), ("b.", "**A**", "B"), ("A", "A", "tie"), ("tie", "B", "tie"), ("", "nonsense", "tie")],
+    [
+        ("A", "B", "A"),
+        ("b.", "**A**", "B"),
+        ("A", "A", "tie"),
+        ("tie", "B", "tie"),
+        ("", "nonsense", "tie"),
+    ],
 )
 def test_one_is_better_only_where_both_orders_agree(forward, backward, expected):
     assert evaluation.verdict(forward, backward) == expected
@@ -126,8 +149,12 @@ def test_a_judge_compares_two_runs_in_both_orders_and_asks_nothing_twice(tmp_pat
     assert evaluation.compare(options) == {"A": 3, "tie": 0, "B": 1}
     assert len(server.times) == 8
     assert evaluation.compare(options) == {"A": 3, "tie": 0, "B": 1} and len(server.times) == 8
-    first_only = Server(answer=lambda text: "A")  # a judge that always takes the first has no opinion
-    options = evaluation.Options(runs=options.runs, judge="api:m", api_base=first_only.url, temperature=0.1)
+    first_only = Server(
+        answer=lambda text: "A"
+    )  # a judge that always takes the first has no opinion
+    options = evaluation.Options(
+        runs=options.runs, judge="api:m", api_base=first_only.url, temperature=0.1
+    )
     assert evaluation.compare(options) == {"A": 0, "tie": 4, "B": 0}
     with pytest.raises(UserError, match="two runs"):
         evaluation.compare(evaluation.Options(runs=["one"], judge="api:m"))
@@ -157,7 +184,10 @@ def test_studies_print_differences_and_are_drawn_from_their_results(tmp_path, mo
     evaluation.studies(options)
     printed = capsys.readouterr().out
     # 10 and 20 points: mean 15, standard error 5, t = 12.71 at one degree of freedom
-    assert "| qcrd | 70.0 ± 10.0 | 70.0 ± 10.0 | +15.0 [-48.6, +78.6] | +15.0 [-48.6, +78.6] |" in printed
+    assert (
+        "| qcrd | 70.0 ± 10.0 | 70.0 ± 10.0 | +15.0 [-48.6, +78.6] | +15.0 [-48.6, +78.6] |"
+        in printed
+    )
     assert "| dss, 60% | 55.0 ± 5.0 | 55.0 ± 5.0 |  |  |" in printed
     for name in ("methods", "noise", "size"):
         assert "validity" in (tmp_path / "runs" / "studies" / f"{name}-toy-tiny.svg").read_text()
@@ -194,7 +224,13 @@ def test_what_cannot_be_studied_is_refused(argv, sentence):
         ("--method", "single"),
     ],
 )
-def test_a_questions_way_is_shown_with_the_numbers_of_training(student, tmp_path, monkeypatch, capsys, changes):  # noqa: F811
+def test_a_questions_way_is_shown_with_the_numbers_of_training(
+    student,  # noqa: F811
+    tmp_path,
+    monkeypatch,
+    capsys,
+    changes,
+):
     monkeypatch.setattr(data, "TOY_SIZES", {"train": 60, "valid": 10, "test": 20})
     run = tmp_path / "run"
     qcrd.main(["--student", student, "--out", str(run), *SMALL, *changes])
@@ -210,7 +246,9 @@ def test_a_questions_way_is_shown_with_the_numbers_of_training(student, tmp_path
     one = re.findall(r"= (toy-train-\d+) =", shown)[1]
     evaluation.main(["--runs", str(run), "--show", one])
     assert re.findall(r"= (toy-train-\d+) =", capsys.readouterr().out) == [one]
-    with pytest.raises(UserError, match="--show nothing: name a count or an id, such as toy-train-"):
+    with pytest.raises(
+        UserError, match="--show nothing: name a count or an id, such as toy-train-"
+    ):
         evaluation.main(["--runs", str(run), "--show", "nothing"])
 
 
@@ -220,14 +258,34 @@ def test_a_run_is_shown_without_its_teachers_server(student, tmp_path, monkeypat
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     server = Server(answer=lambda text: "<Explanation>: one and two are three\n<Answer>: ( 1 + 2 )")
     run = str(tmp_path / "run")
-    qcrd.main(["--student", student, "--out", run, *SMALL, "--teacher", "api:m", "--api-base", server.url, "--k", "2"])
+    qcrd.main(
+        [
+            "--student",
+            student,
+            "--out",
+            run,
+            *SMALL,
+            "--teacher",
+            "api:m",
+            "--api-base",
+            server.url,
+            "--k",
+            "2",
+        ]
+    )
     asked = len(server.times)
     capsys.readouterr()
     evaluation.main(["--runs", run, "--show", "1"])
     shown = capsys.readouterr().out
-    assert "m: ( 1 + 2 ); " in shown and "one and two are three" in shown and len(server.times) == asked
+    assert (
+        "m: ( 1 + 2 ); " in shown
+        and "one and two are three" in shown
+        and len(server.times) == asked
+    )
     (tmp_path / "run" / "result.json").unlink()
-    with pytest.raises(UserError, match="run is not the directory of a finished run: --show needs one"):
+    with pytest.raises(
+        UserError, match="run is not the directory of a finished run: --show needs one"
+    ):
         evaluation.main(["--runs", run, "--show", "1"])
 
 
@@ -242,8 +300,14 @@ def test_a_shown_questions_terms_by_hand(capsys):
     evaluation.show_loss(options, weighed, 0, l, score)
     printed = capsys.readouterr().out
     assert "positive               l  0.500  s 0.500  share 1.00  chosen by min, eq. 4" in printed
-    assert "student's, of round 0  l  4.000  s 0.100  share 1.00  chosen by max, eq. 5; beyond delta" in printed
-    assert "s / 0.500, the mean of those chosen for 1 questions (eq. 6); 1 - s of a negative" in printed
+    assert (
+        "student's, of round 0  l  4.000  s 0.100  share 1.00  chosen by max, eq. 5; beyond delta"
+        in printed
+    )
+    assert (
+        "s / 0.500, the mean of those chosen for 1 questions (eq. 6); 1 - s of a negative"
+        in printed
+    )
     assert "L_pos = 1.00 * 1.200 * 0.500 = 0.600" in printed
     assert "L_neg = 1.00 * 0.900 * min(4.000 - 3, 0) = 0.000" in printed
     assert "= 0.600 - 0.2 * 0.000 = 0.600" in printed
@@ -254,4 +318,6 @@ def test_the_readme_names_the_line_of_every_function_on_its_map():
     rows = re.findall(r"\| `(\w+)` \| (\d+)", (ROOT / "README.md").read_text())
     assert len(rows) >= 10
     for name, line in rows:
-        assert re.match(rf"(def|class) {name}\b", code[int(line) - 1]), f"{name} is not at line {line} of qcrd.py"
+        assert re.match(rf"(def|class) {name}\b", code[int(line) - 1]), (
+            f"{name} is not at line {line} of qcrd.py"
+        )

@@ -95,7 +95,9 @@ def test_a_question_without_positives_or_negatives_has_zero_in_that_term_and_sti
     assert pos.tolist() == pytest.approx([0.6, 0]) and neg.tolist() == [0, 0]
     assert loss.item() == pytest.approx(0.6 / 2)
     loss, pos, neg = contrastive_loss(l, torch.zeros(2, 1), one)
-    assert neg.tolist() == pytest.approx([0.6 - 3, 0]) and loss.item() == pytest.approx(0.2 * 2.4 / 2)
+    assert neg.tolist() == pytest.approx([0.6 - 3, 0]) and loss.item() == pytest.approx(
+        0.2 * 2.4 / 2
+    )
 
 
 def test_a_negative_beyond_the_margin_pushes_no_more_and_one_below_does():
@@ -121,7 +123,10 @@ def test_relative_quality_weights_by_hand():
     # two questions, a positive and a negative each: s 0.9 and 0.3 for positives (mean 0.6), 1 - s 0.8 and 0.2
     score = tensor([[0.9, 0.2], [0.3, 0.8]])
     pos = tensor([[1.0, 0.0], [1.0, 0.0]])
-    assert quality_weights(score, pos).tolist() == [pytest.approx([0.9, 0.8]), pytest.approx([0.3, 0.2])]
+    assert quality_weights(score, pos).tolist() == [
+        pytest.approx([0.9, 0.8]),
+        pytest.approx([0.3, 0.2]),
+    ]
     relative = quality_weights(score, pos, "relative")
     assert relative.tolist() == [pytest.approx([1.5, 0.8]), pytest.approx([0.5, 0.2])]
 
@@ -140,7 +145,9 @@ def test_relative_weights_do_not_see_a_factor_on_all_positives_scores_and_printe
         assert torch.allclose(*grads, atol=1e-7) == same
 
 
-KIND = tensor([[1, 1, 2], [1, 0, 0]])  # question 0: two positives, one negative; question 1: no negative
+KIND = tensor(
+    [[1, 1, 2], [1, 0, 0]]
+)  # question 0: two positives, one negative; question 1: no negative
 
 
 def test_eq_2_is_the_log_ratio_of_sums_of_exponentials():
@@ -185,7 +192,10 @@ def test_bce_of_a_saturated_score_is_finite_and_so_is_its_gradient():
 
 
 def test_mi_is_a_cross_entropy_that_teaches_the_explaining_side_only():
-    pred, expl = tensor([[0.5, 0.25]], requires_grad=True), tensor([[0.25, 0.5]], requires_grad=True)
+    pred, expl = (
+        tensor([[0.5, 0.25]], requires_grad=True),
+        tensor([[0.25, 0.5]], requires_grad=True),
+    )
     loss = mutual_information_loss(pred, expl)[0]
     assert loss.item() == pytest.approx(0.5 * math.log(4) + 0.25 * math.log(2))
     loss.backward()
@@ -233,9 +243,13 @@ print("it works")
 
 
 def test_the_three_names_work_pasted_into_a_notebook(tmp_path):
-    pasted = "\n\n".join(inspect.getsource(part) for part in (self_consistency, Discriminator, contrastive_loss))
+    pasted = "\n\n".join(
+        inspect.getsource(part) for part in (self_consistency, Discriminator, contrastive_loss)
+    )
     (tmp_path / "notebook.py").write_text(NOTEBOOK.replace("{pasted}", pasted))
-    done = subprocess.run([sys.executable, "notebook.py"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "notebook.py"], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
     assert done.stdout == "it works\n", done.stderr
 
 
@@ -243,11 +257,16 @@ def test_auc_of_the_discriminator_by_hand():
     scores = {"a": 0.9, "b": 0.4, "c": 0.6, "d": 0.4, "e": 0.1, "f": 0.8}
     models = small_models(make_options())
     models.score = lambda questions, texts, where: tensor(
-        [[scores.get(own[j], 0) if j < len(own) else 0 for j in range(where.shape[1])] for own in texts]
+        [
+            [scores.get(own[j], 0) if j < len(own) else 0 for j in range(where.shape[1])]
+            for own in texts
+        ]
     )
     example = data.Example("q", "x", "y")
     questions = [
-        Question(example, "y", ["a", "b"], ["c", "d"], held_out=True),  # pairs a>c, a>d, b<c, b=d: 2.5 of 4
+        Question(
+            example, "y", ["a", "b"], ["c", "d"], held_out=True
+        ),  # pairs a>c, a>d, b<c, b=d: 2.5 of 4
         Question(example, "y", ["e"], ["f"], held_out=True),  # e<f: 0 of 1
         Question(example, "y", ["a"], [], held_out=True),  # no pair
         Question(example, "y", ["a"], ["b"]),  # not held out

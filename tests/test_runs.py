@@ -71,8 +71,12 @@ def start(student: str, out: Path, *more: str) -> subprocess.Popen:
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
-    tensors = {f"student.{k}": v for k, v in load_file(run / "student" / "model.safetensors").items()}
-    return tensors | {f"judge.{k}": v for k, v in load_file(run / "discriminator.safetensors").items()}
+    tensors = {
+        f"student.{k}": v for k, v in load_file(run / "student" / "model.safetensors").items()
+    }
+    return tensors | {
+        f"judge.{k}": v for k, v in load_file(run / "discriminator.safetensors").items()
+    }
 
 
 def metrics(run: Path) -> list[dict]:
@@ -107,16 +111,31 @@ def test_the_run_directory_holds_what_was_promised(whole, student):
     assert json.loads((whole / "config.json").read_text())["student"] == student
     rows = metrics(whole)
     assert [row["round"] for row in rows] == [0, 1, 2]
-    for name in ("L_pred", "L_positive", "L_negative", "L_judge", "D pos", "D teacher neg", "D student neg", "D auc"):
+    for name in (
+        "L_pred",
+        "L_positive",
+        "L_negative",
+        "L_judge",
+        "D pos",
+        "D teacher neg",
+        "D student neg",
+        "D auc",
+    ):
         assert all(name in row for row in rows), name
     assert len((whole / "predictions.jsonl").read_text().splitlines()) == 20
 
 
 def test_round_t_trains_on_what_round_t_minus_j_wrote_and_the_oldest_before(whole):
-    assert sorted(p.name for p in (whole / "negatives").iterdir()) == ["round-000.jsonl", "round-001.jsonl"]
+    assert sorted(p.name for p in (whole / "negatives").iterdir()) == [
+        "round-000.jsonl",
+        "round-001.jsonl",
+    ]
     assert [qcrd.source_round(t, 5) for t in range(8)] == [0, 0, 0, 0, 0, 0, 1, 2]
     assert [qcrd.source_round(t, 0) for t in range(3)] == [0, 1, 2]
-    rows = [json.loads(line) for line in (whole / "negatives" / "round-000.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line)
+        for line in (whole / "negatives" / "round-000.jsonl").read_text().splitlines()
+    ]
     assert len({row["id"] for row in rows}) == len(rows) == 48
 
 
@@ -126,7 +145,9 @@ def test_the_queue_hands_a_round_the_old_students_words(tmp_path, monkeypatch):
     question = qcrd.Question(data.Example("q", "How many?", "1"), "1", ["one"], [])
     written: list[int] = []
     monkeypatch.setattr(
-        models, "generate", lambda *a, **k: written.append(len(written)) or [f"from student {len(written) - 1}"]
+        models,
+        "generate",
+        lambda *a, **k: written.append(len(written)) or [f"from student {len(written) - 1}"],
     )
     got = [qcrd.negatives_of(models, [question], t, tmp_path)["q"] for t in range(4)]
     assert got == [["from student 0"], ["from student 0"], ["from student 0"], ["from student 1"]]
@@ -134,13 +155,18 @@ def test_the_queue_hands_a_round_the_old_students_words(tmp_path, monkeypatch):
 
 
 def test_the_same_seed_gives_the_same_weights_and_another_seed_others(whole, student, tmp_path):
-    again, other = start(student, tmp_path / "again"), start(student, tmp_path / "other", "--seed", "1")
+    again, other = (
+        start(student, tmp_path / "again"),
+        start(student, tmp_path / "other", "--seed", "1"),
+    )
     assert again.wait(300) == 0 and other.wait(300) == 0
     assert same_run(whole, tmp_path / "again")
     assert not same_run(whole, tmp_path / "other")
 
 
-def test_killed_at_random_moments_and_resumed_it_ends_where_an_uninterrupted_run_does(whole, student, tmp_path):
+def test_killed_at_random_moments_and_resumed_it_ends_where_an_uninterrupted_run_does(
+    whole, student, tmp_path
+):
     rng, run, kills = random.Random(0), tmp_path / "killed", 0
     while kills < KILLS:
         done = len(list(run.glob("metrics.jsonl")))
@@ -152,7 +178,9 @@ def test_killed_at_random_moments_and_resumed_it_ends_where_an_uninterrupted_run
         process.send_signal(signal.SIGKILL)
         process.communicate()
         kills += 1
-        if (run / "result.json").exists() or done and kills % 5 == 0:  # each five kills from the start
+        if (
+            (run / "result.json").exists() or done and kills % 5 == 0
+        ):  # each five kills from the start
             if (run / "result.json").exists():
                 assert same_run(whole, run)
             shutil.rmtree(run)
@@ -182,7 +210,12 @@ def test_a_finished_run_shows_its_result_and_other_options_are_refused_by_name(w
     assert "accuracy" in out
     process = start(student, whole, "--beta", "0.3", "--lag", "2")
     _, err = process.communicate(timeout=60)
-    assert process.returncode == 2 and "--beta 0.2" in err and "--overwrite" in err and "Traceback" not in err
+    assert (
+        process.returncode == 2
+        and "--beta 0.2" in err
+        and "--overwrite" in err
+        and "Traceback" not in err
+    )
 
 
 def test_a_damaged_checkpoint_is_one_sentence(whole, student, tmp_path):
@@ -190,11 +223,17 @@ def test_a_damaged_checkpoint_is_one_sentence(whole, student, tmp_path):
     shutil.copytree(whole, run)
     (run / "result.json").unlink()
     content = (run / "checkpoint.pt").read_bytes()
-    for damaged in (content[: len(content) // 2], b"", content[:1000] + bytes(1000) + content[2000:]):
+    for damaged in (
+        content[: len(content) // 2],
+        b"",
+        content[:1000] + bytes(1000) + content[2000:],
+    ):
         (run / "checkpoint.pt").write_bytes(damaged)
         process = start(student, run)
         _, err = process.communicate(timeout=60)
-        assert process.returncode == 2 and "checkpoint.pt is damaged" in err and "--overwrite" in err, err
+        assert (
+            process.returncode == 2 and "checkpoint.pt is damaged" in err and "--overwrite" in err
+        ), err
         assert "Traceback" not in err
 
 
@@ -219,12 +258,16 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_step_and_the_questions():
     with torch.no_grad():
         models.student.get_encoder().final_layer_norm.weight.fill_(float("nan"))
     story = data.random_story(random.Random(0), 2)
-    question = qcrd.Question(data.Example("toy-7", story.input(), "1", story=story), "1", ["one"], [])
+    question = qcrd.Question(
+        data.Example("toy-7", story.input(), "1", story=story), "1", ["one"], []
+    )
     with pytest.raises(UserError, match=r"step 5 .*toy-7"):
         qcrd.train_step(models, qcrd.make_optimizers(models), [question], {}, 0, 5)
 
 
-@pytest.mark.parametrize(("auc", "pos", "warns"), [(0.5, 0.7, True), (0.7, 0.01, True), (0.7, 0.7, False)])
+@pytest.mark.parametrize(
+    ("auc", "pos", "warns"), [(0.5, 0.7, True), (0.7, 0.01, True), (0.7, 0.7, False)]
+)
 def test_a_discriminator_of_no_use_is_told(monkeypatch, capsys, auc, pos, warns):
     monkeypatch.setattr(qcrd, "judge_auc", lambda *_: auc)
     means = {"D pos": pos, "D teacher neg": pos}
@@ -235,7 +278,9 @@ def test_a_discriminator_of_no_use_is_told(monkeypatch, capsys, auc, pos, warns)
 def test_a_discriminators_loss_that_is_not_finite_stops_too(monkeypatch):
     models = small_models(make_options())
     story = data.random_story(random.Random(0), 2)
-    question = qcrd.Question(data.Example("toy-7", story.input(), "1", story=story), "1", ["one"], ["two"])
+    question = qcrd.Question(
+        data.Example("toy-7", story.input(), "1", story=story), "1", ["one"], ["two"]
+    )
     monkeypatch.setattr(qcrd, "judge_loss", lambda score, *_: score.sum() * torch.nan)
     with pytest.raises(UserError, match=r"step 4 .*toy-7"):
         qcrd.train_step(models, qcrd.make_optimizers(models), [question], {}, 0, 4)
@@ -285,14 +330,21 @@ def test_real_svamp_with_real_teachers(real_data, student, tmp_path, capsys):
     qcrd.main(["--task", "svamp", "--data", str(real_data / "datasets.zip"), "--teacher", samples, "--student", student,
                "--out", str(tmp_path / "run"), *SMALL])  # fmt: skip
     out = capsys.readouterr().out
-    assert "4.00 samples" in out and "palm-540b: " in out and "llama-3-c" in out and "voted answer" in out
+    assert (
+        "4.00 samples" in out
+        and "palm-540b: " in out
+        and "llama-3-c" in out
+        and "voted answer" in out
+    )
 
 
 class Killed(BaseException):
     """What the process does not survive."""
 
 
-@pytest.mark.parametrize("name", ["write_jsonl", "save_checkpoint", "negatives_of", "judge_auc", "finish"])
+@pytest.mark.parametrize(
+    "name", ["write_jsonl", "save_checkpoint", "negatives_of", "judge_auc", "finish"]
+)
 @pytest.mark.parametrize("call", [1, 2, 3])
 def test_a_run_that_dies_before_or_after_any_file_is_written_ends_where_it_should(
     whole, student, tmp_path, small_toy, monkeypatch, name, call
@@ -321,9 +373,14 @@ def test_any_seq2seq_model_can_be_the_student(kind, tmp_path, small_toy, capsys)
     folder, run = tmp_path / kind, tmp_path / "run"
     a_student(kind).save_pretrained(folder)
     tokenizer().save_pretrained(folder)
-    qcrd.main(["--student", str(folder), "--out", str(run), *SMALL, "--rounds", "2", "--delta", "9"])
+    qcrd.main(
+        ["--student", str(folder), "--out", str(run), *SMALL, "--rounds", "2", "--delta", "9"]
+    )
     row = metrics(run)[-1]
-    assert all(name in row for name in ("L_pred", "L_positive", "L_negative", "D pos", "D student neg", "D auc"))
+    assert all(
+        name in row
+        for name in ("L_pred", "L_positive", "L_negative", "D pos", "D student neg", "D auc")
+    )
     student = AutoModelForSeq2SeqLM.from_pretrained(run / "student")
     assert type(student) is type(a_student(kind))
     before = dict(a_student(kind).named_parameters())
@@ -359,10 +416,33 @@ def test_a_round_is_a_pass_but_five_hundred_steps_at_most(monkeypatch):
 
 
 def test_a_rounds_figures_are_a_row_of_a_table_under_the_papers_symbols():
-    row = {"round": 9, "L_pred": 1.63, "L_negative": -0.00168, "D auc": 0.689, "no positive": 0.0, "examples/s": 1234.5}
+    row = {
+        "round": 9,
+        "L_pred": 1.63,
+        "L_negative": -0.00168,
+        "D auc": 0.689,
+        "no positive": 0.0,
+        "examples/s": 1234.5,
+    }
     head, line = qcrd.table_row(row, header=True).split("\n")
-    assert head.split()[:4] == ["round", "L_pred", "L_pos", "L_neg"] and len(head) == len(line) <= 100
-    assert line.split() == ["9", "1.630", "-", "-0.002", "-", "-", "-", "-", "0.689", "0.000", "-", "1234", "-"]
+    assert (
+        head.split()[:4] == ["round", "L_pred", "L_pos", "L_neg"] and len(head) == len(line) <= 100
+    )
+    assert line.split() == [
+        "9",
+        "1.630",
+        "-",
+        "-0.002",
+        "-",
+        "-",
+        "-",
+        "-",
+        "0.689",
+        "0.000",
+        "-",
+        "1234",
+        "-",
+    ]
     assert qcrd.table_row(row, header=False) == line
 
 
@@ -383,7 +463,9 @@ def test_a_label_may_be_as_long_as_the_longest_training_label():
 
 def test_the_sampling_scheme_draws_the_same_with_the_same_seed(student, tmp_path, small_toy):
     for name in ("one", "two"):
-        qcrd.main(["--student", student, "--out", str(tmp_path / name), "--scheme", "sampling", *SMALL])
+        qcrd.main(
+            ["--student", student, "--out", str(tmp_path / name), "--scheme", "sampling", *SMALL]
+        )
     assert same_run(tmp_path / "one", tmp_path / "two")
 
 
@@ -391,12 +473,21 @@ def test_a_finished_run_says_what_to_compare_its_figures_with():
     toy = qcrd.how_to_read(qcrd.parse_options([]), [])
     assert "dss" in toy and "validity" in toy
     noisier = ["--toy-errors", "0.6"]  # where dss has other figures
-    assert qcrd.how_to_read(qcrd.parse_options(noisier), noisier).endswith("qcrd.py --toy-errors 0.6 --method dss")
+    assert qcrd.how_to_read(qcrd.parse_options(noisier), noisier).endswith(
+        "qcrd.py --toy-errors 0.6 --method dss"
+    )
     given = ["--task", "svamp", "--student", "t5-small", "--out", "my run"]
     told = qcrd.how_to_read(qcrd.parse_options(given), given)
     assert told.endswith(
         "python qcrd.py --task svamp --student t5-small --out 'my run' --method dss --out 'my run-dss'"
     )
-    again = qcrd.parse_options(told.split("qcrd.py ")[1].replace("'", "").replace("my run", "my_run").split())
+    again = qcrd.parse_options(
+        told.split("qcrd.py ")[1].replace("'", "").replace("my run", "my_run").split()
+    )
     assert (again.method, again.out) == ("dss", "my_run-dss")
-    assert qcrd.how_to_read(qcrd.parse_options([*given, "--method", "dss"]), given).count("--method finetune") == 1
+    assert (
+        qcrd.how_to_read(qcrd.parse_options([*given, "--method", "dss"]), given).count(
+            "--method finetune"
+        )
+        == 1
+    )

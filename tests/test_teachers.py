@@ -17,7 +17,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 import data
 from data import TASKS, Cache, UserError
@@ -38,7 +44,10 @@ class Server(ThreadingHTTPServer):
     request_queue_size = 128
 
     def __init__(
-        self, faults: tuple[str, ...] = (), delay: float = 0.0, answer: Callable[[str], str] = explain
+        self,
+        faults: tuple[str, ...] = (),
+        delay: float = 0.0,
+        answer: Callable[[str], str] = explain,
     ) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.answer = answer
@@ -72,7 +81,9 @@ class Handler(BaseHTTPRequestHandler):
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         server.times.append(time.monotonic())
         server.bodies.append(request)
-        assert self.path == "/v1/chat/completions" and self.headers["Authorization"] == f"Bearer {KEY}"
+        assert (
+            self.path == "/v1/chat/completions" and self.headers["Authorization"] == f"Bearer {KEY}"
+        )
         fault = server.faults.pop(0) if server.faults else None
         time.sleep(server.delay)
         if fault == "429":
@@ -82,7 +93,9 @@ class Handler(BaseHTTPRequestHandler):
         elif server.only and "max_tokens" in request:
             self.reply(400, server.only)
         elif fault == "temperature":
-            self.reply(400, b'{"error": {"message": "temperature: only the default (1) is supported"}}')
+            self.reply(
+                400, b'{"error": {"message": "temperature: only the default (1) is supported"}}'
+            )
         elif fault == "cut":
             self.close_connection = True
             self.send_response(200)
@@ -148,7 +161,9 @@ def test_a_fault_that_stays_ends_in_one_sentence_and_loses_nothing(api, monkeypa
     assert len(server.times) - before == 2  # only the third question's two samples
 
 
-def test_a_reply_without_text_is_a_sample_without_an_answer_said_once_and_not_asked_again(api, capsys):
+def test_a_reply_without_text_is_a_sample_without_an_answer_said_once_and_not_asked_again(
+    api, capsys
+):
     server = Server(("null", "null"))
     samples = api(server, api_concurrency=1)
     assert len(server.times) == 6
@@ -163,7 +178,9 @@ def test_a_server_that_takes_max_completion_tokens_only_is_served(api):
     server = Server()
     server.only = b'{"error": {"message": "Unsupported parameter: max_tokens. Use max_completion_tokens instead."}}'
     assert len(api(server, max_tokens=99)) == 3
-    assert server.bodies[-1]["max_completion_tokens"] == 99 and "max_tokens" not in server.bodies[-1]
+    assert (
+        server.bodies[-1]["max_completion_tokens"] == 99 and "max_tokens" not in server.bodies[-1]
+    )
 
 
 def test_a_refusal_shows_the_servers_own_words(api):
@@ -189,7 +206,9 @@ def test_a_second_run_asks_nothing_and_another_temperature_asks_again(api, tmp_p
 
 
 def test_the_prompt_has_the_papers_form():
-    example = data.Example("c", "Where?\nAnswer Choices:\n(a) here\n(b) there", "here", ("here", "there"))
+    example = data.Example(
+        "c", "Where?\nAnswer Choices:\n(a) here\n(b) there", "here", ("here", "there")
+    )
     system, user = data.ask(TASKS["cqa"], example)
     assert "question-answering robot" in system["content"] and "<Explanation>:" in system["content"]
     assert user["content"].endswith("(b) there")
@@ -211,13 +230,18 @@ data.collect(data.TASKS["toy"], data.toy_splits()["train"][:40], ["api:model"], 
 def child(tmp_path: Path, server: Server) -> subprocess.Popen:
     env = os.environ | {"OPENAI_API_KEY": KEY}
     return subprocess.Popen(
-        [sys.executable, "-c", CHILD, str(tmp_path), server.url], env=env, cwd=ROOT, stderr=subprocess.PIPE
+        [sys.executable, "-c", CHILD, str(tmp_path), server.url],
+        env=env,
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
     )
 
 
 def cached(tmp_path: Path) -> Counter:
     (path,) = (tmp_path / "samples").glob("*.jsonl")
-    rows = [json.loads(line) for line in path.read_bytes().splitlines() if line.strip().endswith(b"}")]
+    rows = [
+        json.loads(line) for line in path.read_bytes().splitlines() if line.strip().endswith(b"}")
+    ]
     return Counter((row["id"], row["sample"]) for row in rows)
 
 
@@ -265,12 +289,22 @@ def test_a_torn_last_line_is_dropped_with_a_warning_and_closed_before_the_next(t
 
 def save_causal(folder: Path, chat: bool) -> None:
     """A GPT-2 of random weights with a fast tokenizer of the toy's words."""
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer().backend_tokenizer, eos_token="</s>", unk_token="<unk>")
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer().backend_tokenizer, eos_token="</s>", unk_token="<unk>"
+    )
     if chat:
-        fast.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
+        fast.chat_template = (
+            "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
+        )
     torch.manual_seed(0)
     config = GPT2Config(
-        vocab_size=len(fast), n_positions=1024, n_embd=32, n_layer=1, n_head=2, bos_token_id=1, eos_token_id=1
+        vocab_size=len(fast),
+        n_positions=1024,
+        n_embd=32,
+        n_layer=1,
+        n_head=2,
+        bos_token_id=1,
+        eos_token_id=1,
     )
     GPT2LMHeadModel(config).save_pretrained(folder)
     fast.save_pretrained(folder)
@@ -310,7 +344,8 @@ def test_several_teachers_are_pooled(tmp_path, monkeypatch):
     file = tmp_path / "samples.jsonl"
     file.write_text(
         "".join(
-            json.dumps({"id": e.id, "teacher": "me", "sample": 0, "output": "The answer is 3."}) + "\n"
+            json.dumps({"id": e.id, "teacher": "me", "sample": 0, "output": "The answer is 3."})
+            + "\n"
             for e in examples
         )
     )
@@ -339,7 +374,9 @@ class Files(BaseHTTPRequestHandler):
             return
         self.send_response(206 if start else 200)
         if start:
-            self.send_header("Content-Range", f"bytes {start}-{len(cls.content) - 1}/{len(cls.content)}")
+            self.send_header(
+                "Content-Range", f"bytes {start}-{len(cls.content) - 1}/{len(cls.content)}"
+            )
         self.send_header("Content-Length", str(len(part) + (1000 if fault == "length" else 0)))
         self.end_headers()
         if fault == "garbage":
@@ -385,19 +422,28 @@ def test_a_wrong_download_is_one_sentence(tmp_path, monkeypatch, fault):
 def test_a_model_without_chat_template_gets_three_worked_examples_of_its_own_task(name):
     task = TASKS[name]
     choices = {"cqa": ("yes", "no"), "anli": data.NLI, "esnli": data.NLI}.get(name, ())
-    system, user = (m["content"] for m in data.ask(task, data.Example("q", "Anna had 2 books.", "2", choices)))
+    system, user = (
+        m["content"] for m in data.ask(task, data.Example("q", "Anna had 2 books.", "2", choices))
+    )
     text = data.as_text(system, user)
     shots = text[len(system) : text.index("Anna had")]
     assert shots.count("<Answer>:") == 3 and text.endswith("\n<Explanation>:")
-    assert ("Answer Choices" in shots) == bool(choices) and ("Hypothesis" in shots) == (choices == data.NLI)
+    assert ("Answer Choices" in shots) == bool(choices) and ("Hypothesis" in shots) == (
+        choices == data.NLI
+    )
     for shot in re.findall(r"Question:.*?<Answer>.*?\n", shots, re.DOTALL):
-        example = data.Example("s", "?", "", tuple(re.findall(r"^\([a-z]\) (\w.*)$", shot, re.MULTILINE)))
+        example = data.Example(
+            "s", "?", "", tuple(re.findall(r"^\([a-z]\) (\w.*)$", shot, re.MULTILINE))
+        )
         rationale, answer = data.parse_output(task, example, shot[shot.index("<Explanation>") :])
         assert rationale and task.key(answer) is not None
 
 
 def test_worked_examples_come_only_where_the_papers_format_is_asked_for():
-    assert data.as_text("Which is better, A or B?", "A: x. B: y.") == "Which is better, A or B?\n\nA: x. B: y.\nReply:"
+    assert (
+        data.as_text("Which is better, A or B?", "A: x. B: y.")
+        == "Which is better, A or B?\n\nA: x. B: y.\nReply:"
+    )
 
 
 def test_a_base_model_stops_where_it_begins_the_next_question(tmp_path):
@@ -425,7 +471,10 @@ def test_a_template_without_a_system_role_gets_the_system_text_in_front_of_the_u
         "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}",
         "{% set messages = messages | rejectattr('role', 'equalto', 'system') | list %}",
     ):
-        words.chat_template = template + "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
+        words.chat_template = (
+            template
+            + "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
+        )
         assert data.as_chat(words, chat) == "user: Be brief.\n\nWhy?\nassistant:"
     words.chat_template = "{{ 'off' if enable_thinking is defined and not enable_thinking else 'on' }} {{ messages[0].content }}"  # fmt: skip
     assert data.as_chat(words, chat) == "off Be brief."
