@@ -14,21 +14,26 @@ import operator
 import os
 import random
 import re
+import ssl
+import tempfile
 import threading
+import time
 import urllib.request
 import zipfile
 import zlib
 from collections.abc import Callable, Hashable, Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
-from contextlib import suppress
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from http.client import HTTPException
 from itertools import accumulate, islice, pairwise
 from pathlib import Path
 from string import ascii_lowercase
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
-from urllib.error import HTTPError
+from urllib.error import URLError
+from urllib.request import urlopen
 
 import filelock
 import jinja2
@@ -41,12 +46,13 @@ from tqdm import tqdm
 
 DSS_ZIP = "https://github.com/google-research/distilling-step-by-step/raw/main/datasets.zip"
 TEACHER_BATCH = {"cpu": 16, "cuda": 64}  # a local teacher's questions at once
-API_TIMEOUT, API_TRIES, API_BACKOFF = (
-    120,
-    8,
-    1.0,
-)  # seconds, tries of a request, seconds before the second
-CACHE = Path(os.environ.get("QCRD_CACHE") or Path.home() / ".cache" / "qcrd")
+API_TIMEOUT = 120  # seconds for a whole reply
+API_LARGEST = 2**24  # bytes of a reply; what is longer is cut
+API_TRIES, API_BACKOFF = 8, 1.0  # tries of a request, seconds before the second
+DOWNLOAD_LIMIT = 1800  # seconds
+CACHE = Path(os.path.expanduser(os.environ.get("QCRD_CACHE") or "~/.cache/qcrd"))
+if CACHE.parts[0].startswith("~"):  # a user without a home directory
+    CACHE = Path(tempfile.gettempdir(), "qcrd")
 
 
 class UserError(Exception):
@@ -54,6 +60,7 @@ class UserError(Exception):
 
 
 def first_line(error: Exception) -> str:
+    """What an exception says, short enough for a sentence."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
@@ -77,12 +84,28 @@ class Sample(NamedTuple):
     answer: str | None
 
 
+@contextmanager
+def cache_folder(path: Path) -> Iterator[None]:
+    """Make a folder for the block to write to; UserError where either fails."""
+    try:
+        path.expanduser().mkdir(parents=True, exist_ok=True)  # RuntimeError if there is no home
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise UserError(
+            f"The cache folder {path} cannot be written ({first_line(error)}):"
+            " make room in it, or set QCRD_CACHE to another folder."
+        )
+
+
 # --------------------------------------------------------------------------------------------------
 # Equations
 
 OPERATORS: dict[type, Callable[[Any, Any], float]] = {
-    ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
-}  # fmt: skip
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+}
 
 
 def equation_value(text: str) -> float | None:
@@ -92,8 +115,6 @@ def equation_value(text: str) -> float | None:
     """
 
     def value(node: ast.AST) -> float:
-        if isinstance(node, ast.Expression):
-            return value(node.body)
         if isinstance(node, ast.Constant) and isinstance(node.value, int | float):
             return node.value
         if isinstance(node, ast.BinOp) and type(node.op) in OPERATORS:
@@ -103,11 +124,11 @@ def equation_value(text: str) -> float | None:
         raise ValueError
 
     text = text.strip()
-    if len(text) > 200 or not re.fullmatch(r"[\d.+\-*/() ]+", text, re.ASCII):
+    if not re.fullmatch(r"[\d.+\-*/() ]{1,200}", text, re.ASCII):
         return None
     try:
-        return value(ast.parse(text, mode="eval"))
-    except (SyntaxError, ValueError, ZeroDivisionError, OverflowError, RecursionError, MemoryError):
+        return value(ast.parse(text, mode="eval").body)
+    except (SyntaxError, ValueError, ArithmeticError, RecursionError, MemoryError):
         return None
 
 
@@ -118,30 +139,34 @@ NLI = ("entailment", "neutral", "contradiction")
 
 
 def lettered(choices: tuple[str, ...]) -> str:
+    """The choices as lines, each with a letter."""
     return "".join(f"\n({letter}) {choice}" for letter, choice in zip(ascii_lowercase, choices))
 
 
 def read_cqa(row: dict) -> dict:
-    choices = row["choices"]
-    text = f"{row['question']}\nAnswer Choices:{lettered(choices)}"
-    return {"input": text, "label": row["answer"], "choices": choices}
+    """A row of CommonsenseQA; the student reads the choices too, which are others in each row."""
+    text = f"{row['question']}\nAnswer Choices:{lettered(row['choices'])}"
+    return {"input": text, "label": row["answer"], "choices": row["choices"]}
 
 
 def read_nli(row: dict) -> dict:
+    """A row of e-SNLI or ANLI, whose labels are 0, 1 and 2; any other is not among the choices."""
+    label = row["label"]
     return {
         "input": f"{row['premise']}</s>{row['hypothesis']}",
-        "label": NLI[row["label"]],
+        "label": NLI[label] if type(label) is int and label in (0, 1, 2) else repr(label),
         "choices": NLI,
     }
 
 
 def read_plain(row: dict) -> dict:
-    known = {"choices": row.get("choices") or (), "rationale": row.get("rationale") or ""}
+    """A row of svamp or of a task of one's own."""
     label = row["label"]
     return {
         "input": row["input"],
         "label": str(label) if type(label) in (int, float) else label,
-        **known,
+        "choices": row.get("choices") or (),
+        "rationale": row.get("rationale") or "",
     }
 
 
@@ -159,10 +184,12 @@ class Task:
     answer_format: str = FREE
 
     def key(self, answer: str | None) -> Hashable:
-        """What makes two answers the same: the value of an equation, the text of anything else; None if unusable."""
-        return (
-            equation_value(bare_number(answer)) if self.numeric and answer is not None else answer
-        )
+        """What makes two answers the same: an equation's value, or a text but for white space.
+
+        None if the answer is unusable.
+        """
+        text = " ".join((answer or "").split())
+        return equation_value(bare_number(text)) if self.numeric else text or None
 
     def correct(self, answer: str | None, example: Example) -> bool:
         """DSS's metric for one prediction."""
@@ -185,26 +212,32 @@ TASKS = {
 # --------------------------------------------------------------------------------------------------
 # Where examples come from: the DSS release, a file of one's own, the toy
 
+MODEL_FILES = {".json", ".jinja", ".safetensors", ".bin", ".model", ".txt"}
+
 
 def download(url: str) -> Path:
-    """The zip behind `url`, kept in the cache folder; one that is not whole is not kept."""
-    path = CACHE / hashlib.sha256(url.encode()).hexdigest()[:12] / url.rsplit("/", 1)[-1]
-    part = path.with_name(path.name + ".part")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with filelock.FileLock(f"{path}.lock"):
-        if not path.exists():
-            try:
-                torch.hub.download_url_to_file(url, str(part))
-            except (OSError, HTTPException) as error:
-                raise UserError(
-                    f"--data {url} could not be downloaded ({error}): try again, or name a local zip."
-                )
+    """The zip behind `url`, kept in the cache folder if it came whole and in time."""
+    path = CACHE / f"{hashlib.sha256(url.encode()).hexdigest()[:12]}.zip"
+    if path.exists():
+        return path
+    print(f"Downloading {url}")
+    end = time.monotonic() + DOWNLOAD_LIMIT
+    with cache_folder(CACHE), TemporaryDirectory(dir=CACHE) as folder:
+        part = Path(folder, path.name)
+        try:
+            with urlopen(url, timeout=30) as reply, part.open("wb") as file:
+                while chunk := reply.read1(2**20):  # what has come by now
+                    file.write(chunk)
+                    if time.monotonic() > end:
+                        raise TimeoutError(f"it took over {DOWNLOAD_LIMIT} seconds")
             if not zipfile.is_zipfile(part):
-                part.unlink()
-                raise UserError(
-                    f"--data {url} did not give a whole zip file: try again, or name a local one."
-                )
-            os.replace(part, path)
+                raise ValueError("what came is no whole zip file")
+        except (OSError, HTTPException, ValueError) as error:
+            raise UserError(
+                f"--data {url} could not be downloaded ({first_line(error)}):"
+                " try again, or name a local zip."
+            )
+        os.replace(part, path)
     return path
 
 
@@ -215,20 +248,25 @@ def parse_jsonl(raw: bytes, where: str, torn: bool = False) -> Iterator[tuple[st
             continue
         try:
             row = json.loads(line.decode())
+            json.dumps(row, ensure_ascii=False).encode()  # half a surrogate pair is no text
             problem = None if isinstance(row, dict) else "it is no object"
         except (ValueError, RecursionError) as error:
-            problem = first_line(error)[:80]
+            problem = first_line(error)
+            if re.match(rb"[^[{]*[,;\t]", line):
+                problem = "it looks like CSV"
         if problem is None:
             yield f"{where}, line {number}", row
         elif torn:
             print(f"warning: {where}, line {number} is torn and was dropped.")
         else:
             raise UserError(
-                f"{where}, line {number} is not a JSON object in UTF-8 ({problem}): mend the line."
+                f"{where}, line {number} is not a JSON object in UTF-8 ({problem}):"
+                " write JSON Lines, one object a line."
             )
 
 
 def read_file(path: Path) -> bytes:
+    """What a file holds; UserError if it cannot be read."""
     try:
         return path.read_bytes()
     except OSError as error:
@@ -237,29 +275,48 @@ def read_file(path: Path) -> bytes:
         )
 
 
+def digest(path: str | Path) -> str:
+    """16 hex digits that change when the file, or a model file in the folder, is changed."""
+    place, total = Path(path).expanduser(), hashlib.sha256()
+    parts = [f for f in sorted(place.glob("*")) if f.suffix in MODEL_FILES]
+    for part in [place] if place.is_file() else parts:
+        with part.open("rb") as file:
+            total.update(part.name.encode() + hashlib.file_digest(file, "sha256").digest())
+    return total.hexdigest()[:16]
+
+
 def to_example(task: Task, where: str, row: dict, default_id: str) -> Example:
     """One row as an Example, checked: UserError names the place and the mend."""
     try:
         fields = task.read(row)
-    except (KeyError, TypeError, IndexError) as error:
-        raise UserError(f"{where} has no usable {error}: a row of task {task.name} needs it.")
+    except (KeyError, TypeError) as error:
+        raise UserError(
+            f"{where} has no usable {error}, as each row of task {task.name} must have:"
+            f" it has {list(row)!s:.200}."
+        )
     for name in ("input", "label", "rationale"):
         value = fields.get(name, "")
         if not isinstance(value, str) or not (value.strip() or name == "rationale"):
-            raise UserError(f'{where} needs a text in "{name}", not {str(value)[:40]!r}.')
-    choices = fields.setdefault("choices", ())
-    if not isinstance(choices, list | tuple) or not all(
-        isinstance(c, str) and c.strip() for c in choices
+            raise UserError(f'{where} needs a text in "{name}", not {value!r:.40}.')
+    choices, label = fields["choices"], fields["label"]
+    if (
+        not isinstance(choices, list | tuple)
+        or not all(isinstance(choice, str) and choice.strip() for choice in choices)
+        or len(choices) > len(ascii_lowercase)
     ):
-        raise UserError(f'{where}: "choices" must be a list of texts.')
+        raise UserError(
+            f'{where}: "choices" must be a list of texts, 26 at most, a letter for each:'
+            " mend it, or leave it out to have answers compared as text."
+        )
     fields["choices"] = tuple(choices)
-    if choices and fields["label"] not in choices:
-        raise UserError(f"{where}: the label {fields['label'][:40]!r} is not among its choices.")
-    return Example(str(row.get("id", default_id)) if task.folder == "" else default_id, **fields)
+    if choices and task.key(label) not in map(task.key, choices):
+        raise UserError(f"{where}: the label {label!r:.40} is not among its choices.")
+    return Example(default_id if task.folder else str(row.get("id", default_id)), **fields)
 
 
 def open_release(data: str) -> zipfile.ZipFile:
-    path = download(data) if data.startswith(("http://", "https://")) else Path(data)
+    """The DSS release, a file or a URL, to read from; UserError if it is no zip file."""
+    path = download(data) if data.startswith(("http://", "https://")) else os.path.expanduser(data)
     try:
         return zipfile.ZipFile(path)
     except (OSError, zipfile.BadZipFile) as error:
@@ -280,19 +337,17 @@ def read_member(release: zipfile.ZipFile, name: str) -> bytes:
         raise UserError(
             f"{release.filename} has no {name}: name the DSS release, datasets.zip, with --data."
         )
-    except (OSError, zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError) as error:
+    except (OSError, zipfile.BadZipFile, zlib.error, RuntimeError) as error:
         raise UserError(
             f"{release.filename}: {name} cannot be read ({error}): download the file again."
         )
 
 
-def hold_out(
-    examples: list[Example], share: float, seed: int
-) -> tuple[list[Example], list[Example]]:
+def hold_out(examples: list[Example], share: float) -> tuple[list[Example], list[Example]]:
     """(kept, held out), as datasets.train_test_split, and so DSS, divides them."""
-    order = np.random.default_rng(seed).permutation(len(examples))
+    mixed = [examples[i] for i in np.random.default_rng(0).permutation(len(examples))]
     count = math.ceil(share * len(examples))
-    return [examples[i] for i in order[count:]], [examples[i] for i in order[:count]]
+    return mixed[count:], mixed[:count]
 
 
 def load_task(
@@ -303,16 +358,11 @@ def load_task(
     `name` is one of TASKS or a path to a JSON Lines file with `input` and `label` in each row, and optionally `id`,
     `choices` and `rationale`. `train_size` is a count (> 1) or a fraction of the training set. UserError if unusable.
     """
-    task = TASKS.get(name) or Task(Path(name).stem)
-    if name == "toy":
-        splits = toy_splits()
-    elif task.folder:
-        splits = release_splits(task, data)
+    if name not in TASKS:
+        task, splits = own_task(name)
     else:
-        splits = own_splits(task, name)
-        labels = [e.label for split in splits.values() for e in split if not e.choices]
-        if len(labels) == sum(map(len, splits.values())) and all(map(is_number, labels)):
-            task = replace(task, numeric=True, answer_format=NUMBER)
+        task = TASKS[name]
+        splits = release_splits(task, data) if task.folder else toy_splits()
     if train_size is not None:
         train = splits["train"]
         count = round(train_size * len(train)) if train_size <= 1 else int(train_size)
@@ -325,10 +375,6 @@ def load_task(
     return task, splits
 
 
-def is_number(label: str) -> bool:
-    return equation_value(bare_number(label)) is not None
-
-
 def release_splits(task: Task, data: str) -> dict[str, list[Example]]:
     """A task of the DSS release; where it has no validation split, a tenth of the training set is held out for it."""
     splits: dict[str, list[Example]] = {}
@@ -337,145 +383,232 @@ def release_splits(task: Task, data: str) -> dict[str, list[Example]]:
             member = f"datasets/{task.folder}/{task.folder}_{split}.json"
             if split == "valid" and member not in release.namelist():
                 continue  # svamp and cqa have none
-            rows = enumerate(
-                parse_jsonl(read_member(release, member), f"{release.filename}: {member}")
-            )
+            where = f"{release.filename}: {member}"
+            rows = enumerate(parse_jsonl(read_member(release, member), where))
             splits[split] = [
                 to_example(task, where, row, f"{task.name}-{split}-{i}") for i, (where, row) in rows
             ]
+    if "valid" not in splits:
+        splits["train"], splits["valid"] = hold_out(splits["train"], 0.1)
     if not all(splits.values()):
         raise UserError(
-            f"{data} has a split with no rows for {task.name}: download the file again."
+            f"--data {data} has a split with no rows for {task.name}: download the file again."
         )
-    if "valid" not in splits:
-        splits["train"], splits["valid"] = hold_out(splits["train"], 0.1, seed=0)
     return splits
 
 
-def own_splits(task: Task, name: str) -> dict[str, list[Example]]:
-    """A JSON Lines file, a tenth each held out for validation and test."""
-    if not Path(name).is_file():
+def own_task(name: str) -> tuple[Task, dict[str, list[Example]]]:
+    """The task of a JSON Lines file, a tenth each, or a row, held out for validation and test."""
+    path = Path(os.path.expanduser(name))
+    if not path.is_file():
         raise UserError(
             f"--task {name} is neither one of {', '.join(TASKS)} nor a JSON Lines file."
         )
-    examples: dict[str, Example] = {}
-    for number, (where, row) in enumerate(parse_jsonl(read_file(Path(name)), name)):
+    task = Task(path.stem)
+    numeric = replace(task, numeric=True, answer_format=NUMBER)
+    by_id: dict[str, Example] = {}
+    texts = []  # where labels are not numbers
+    for number, (where, row) in enumerate(parse_jsonl(read_file(path), name)):
         example = to_example(task, where, row, f"row-{number}")
-        if example.id in examples:
+        if example.id in by_id:
             raise UserError(
-                f"{where}: the id {example.id[:40]!r} stands in an earlier line too: ids must differ."
+                f"{where}: the id {example.id!r:.40} stands in an earlier line too: ids must differ."
             )
-        examples[example.id] = example
+        by_id[example.id] = example
+        if numeric.key(example.label) is None:
+            texts.append(where)
+    examples = list(by_id.values())
     if len(examples) < 3:
         raise UserError(
-            f"{name} has {len(examples)} rows: training, validation and test need one each at least."
+            f"--task {name} has {len(examples)} rows: training, validation and test need one each."
         )
-    train, rest = hold_out(list(examples.values()), 0.2, seed=0)
-    valid, test = hold_out(rest, 0.5, seed=0)
-    return {"train": train, "valid": valid, "test": test}
+    choices = {example.choices for example in examples}
+    if choices == {()}:
+        if not texts:
+            task = numeric
+        elif len(texts) < len(examples) / 2:
+            print(
+                f"The label of {texts[0]} is not a number, as most labels are:"
+                " all answers are compared as text."
+            )
+    elif len(choices) > 1:  # as in cqa, the student must be told what to choose from
+        examples = [replace(e, input=question_text(e)) for e in examples]
+    train, rest = hold_out(examples, max(0.2, 2 / len(examples)))
+    valid, test = hold_out(rest, 0.5)
+    return task, {"train": train, "valid": valid, "test": test}
 
 
 # --------------------------------------------------------------------------------------------------
-# From a teacher's raw text to a rationale and an answer
+# Reading an answer
+#
+# A teacher's raw text becomes a rationale and an answer in three steps:
+# 1. REWRITE, row by row: what is no part of the reply goes, the rest becomes plainer text.
+# 2. The rationale begins after EXPLANATION, or at the start, and ends before the first MARKER.
+# 3. The answer is what follows the last MARKER that gives one. Without a marker it is the last
+#    number, or the last choice named.
 
-# What completion models run on into: the next question of the few-shot prompt, invented.
-NEXT_QUESTION = re.compile(
-    r"\n\s*(?:Q|Question|Premise|Hypothesis|Sentence|Input)\s*:|\bQ:|\bPremise:"
+QUESTION = r"[ \t*_#>]*(?:Q|Question|Premise|Hypothesis|Sentence|Input)[*_]*[ ]?:"
+# Reasoning models think first. What stands before the last closing tag is thought, and so is
+# all that follows an opening tag which is never closed.
+THINKING = r"""(?sx:
+    \A.* [<◁[]\|?
+    (?: /(?:seed:)?(?:think|thinking|thought|reason|reasoning|analysis|reflection|scratchpad)
+      | end_of_thought | end_thinking | channel\|>final<\|message ) \|?[>▷\]]
+    | [<◁[]\|?
+    (?: (?:seed:)?(?:think|thinking|thought|reasoning) | begin_of_thought | start_thinking )
+    \|?[>▷\]].* )"""
+REWRITE = [
+    (THINKING, ""),
+    # GSM8K's annotations, closing tags, code fences, LaTeX, bold.
+    (r"<<[^<>\n]*>>|</(?:Explanation|Answer)>|^[ \t]*```.*", ""),
+    (r"\\left|\\right|\\[][()]|\$\$|\\(?=[$%])", ""),
+    (r"\\times|\\cdot", "*"),
+    (r"\\div", "/"),
+    (r"\{,\}|\\,", ","),
+    (r"\\(?:text|mathrm|textbf|mathbf)\{([^{}]*)\}", r"\1"),
+    (r"\\[dt]?frac\{([^{}]*)\}\{([^{}]*)\}", r"(\1)/(\2)"),
+    (r"\$([^$\n]{0,200}[=+*/][^$\n]{0,200})\$", r"\1"),
+    (r"(?<!\w)(\*\*|__)(?=\S)([^*\n]*?\S)\1(?!\w)", r"\2"),
+    # JSON: each field becomes a line with a label.
+    (r"""(?:^|["']?[ \t]{0,9}[{,])\s{0,20}["'](\w+)["']\s{0,9}:\s{0,9}["']?""", r"\n\1: "),
+    (r"""\\(["'])|["']\s{0,9}\}\s{0,9}\Z""", r"\1"),
+    (r"\\n(?-i:(?![a-z]))", "\n"),
+    (r"\s{10,}", "\n\n"),
+    # The question restated: after a line of introduction and up to the explanation's label, or
+    # its lines at the very start.
+    (
+        rf"""(?x:
+        \A\s* (?:[^\n\d]{{0,99}}\n\s*)? {QUESTION} (?s:.*?) (?=^\W*Explanation\b)
+        | \A\s* (?: {QUESTION}[^\n]*\n\s*
+                (?:(?:Answer\ )?Choices:\s*)? (?:\([a-z]\)[^\n]*\n\s*)* )+ )""",
+        "",
+    ),
+    # What completion models run on into: the next question of the few-shot prompt, invented.
+    (rf"(?-i:\n{QUESTION}|\b(?:Q|Premise):)(?s:.*)", ""),
+]
+EXPLANATION = r"""(?imx)
+    <Explanation>[\s:]* | \A\s*A:
+    | (?: ^[ \t*_#>"-]* | (?<=[.)]\ ) ) (?:\w+\ ){0,2} (?:Explanation|Rationale|Reasoning)
+      ["*_]* (?: \s?[:：][*_]* | [ \t]*$ )"""
+MARKER = re.compile(r"""(?imx)
+    (?: ,?\s*\b(?:so|hence|therefore|thus),?\s+ )?
+    (?:
+        # the paper's label, and others: "My final answer:"
+        (?:\b(?:the|my|our|your)\s)? (?:\b(?:correct|final|right|best)[ _]){0,2}
+        (?: <Answer>\s*:?
+          | (?<![^\W_]) (?:answer|(?-i:A)nswer\s) ["*_]* (?:[:：]|\s-\s) [*_]*
+          | 答案(?:是|\s?[:：]) )
+      | \b(?:the\s)?(?:best|correct|right|final)\s(?:option|choice)\s?[:：]
+      | ^[ \t#*_]*(?:final\ )?answer[ \t*_]*$ | ^[ \t]*\#{4} | \\boxed\{
+        # sentences: "The answer is", but not "To see what the answer is"; "the answer must be C",
+        # but not "the answer must be a place"
+      | \bI(?:'d|\swould)?\s(?:choose|pick|select|go\swith)\b
+      | (?: (?<!what\ )(?<!which\ )(?<!how\ )\b(?:the|my|our)\s
+            (?:(?:correct|final|right|best|most\ likely)\s)? | ^ | (?<=[.!?]\ ) )
+        (?:answer|option|choice|letter)\s
+        (?: is\b:? (?!\s(?:not\s)?(?:clear|obvious|known|found|given|obtained|\w+\sby)\b)
+          | (?:must|should|would|has\ to|can\ only)\sbe (?=\W*(?:\([a-z]\)|(?-i:[A-Z])\b)) )
+    )""")
+# Signs as people type them, and the plain ones.
+SIGNS = str.maketrans(
+    "−–×÷’‘“”\u00a0\u2009\u202f\u3000０１２３４５６７８９．，：（）＋－＊／＝％＄"
+    "ＡＢＣＤＥＦＧＨＩＪＫＬＭＮＯＰＱＲＳＴＵＶＷＸＹＺａｂｃｄｅｆｇｈｉｊｋｌｍｎｏｐｑｒｓｔｕｖｗｘｙｚ",
+    "--*/''\"\"    0123456789.,:()+-*/=%$ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz",
 )
-# Reasoning models think first; some templates open the block in the prompt, and one that is not closed leaves nothing.
-THINKING = re.compile(r"^.*</think>|<think>.*", re.DOTALL)
-# How signs, LaTeX, markdown and GSM8K's annotations read as plain text, in this order.
-PLAIN = [
-    (r"[−–](?=\s*\d)", "-"), (r"×|\\times|\\cdot", "*"), (r"÷|\\div", "/"), (r"<<[^<>\n]*>>", ""),
-    (r"\\(?:text|mathrm|textbf|mathbf)\{([^{}]*)\}", r"\1"), (r"\\d?frac\{([^{}]*)\}\{([^{}]*)\}", r"(\1)/(\2)"),
-    (r"\\boxed\{([^{}]*)\}", r"<Answer>: \1"), (r"\\[\[\]()]|\$\$|\\(?=[$%])", ""), (r"^#{1,4} *(Explanation|Answer)\b:?", r"<\1>:"), (r"^\s*####", "<Answer>:"),
-    (r"\$([^$\n]*[=+*/][^$\n]*)\$", r"\1"),
-    (r"(?<![\d)])(?<![\d)] )\*\*|\*\*(?! ?[\d(])|__", ""), (r"</(?:Explanation|Answer)>", "\n"), (r"(?<=\d) ?[xX] ?(?=\d)", " * "),
-]  # fmt: skip
-# What introduces the answer: the paper's format, PaLM's, and the ways in which other models vary it.
-MARKER = re.compile(
-    r"<Answer>\s*:?|\bAnswer\s*(?::|-\s)|(?:,?\s*\b(?:so|hence|therefore|thus)[,]?\s+)?"
-    r"\bthe (?:correct |final |right |best )?(?:answer|option|choice) is\b:?",
-    re.IGNORECASE,
+# A number, or an equation of numbers.
+NUMBERS = (
+    r"(?:[-(]\s{0,9}){0,20}\d*\.?\d+"
+    r"(?:[\s()]{0,20}[-+*/][-\s()]{0,20}\d*\.?\d+)*(?:\s{0,9}\)){0,20}"
 )
-OPENING = re.compile(
-    r"^\W*(?:<Explanation>|Explanation\s*:|Rationale\s*:)[\s:]*|^\s*A:\s*", re.IGNORECASE
+# Units inside an equation (2 apples + 3 apples), ranges, bullets, and numbers that are denied.
+NO_NUMBER = r"""(?x)
+    (?<=\d)\s*[a-zA-Z][^\d\n=+*.,;:()]{0,40}?(?=\s*[+*×)]|\s[-−–/÷]\s)
+    | (?<!\d)\d+(?:[–~]|\ (?:to|or)\ )\d+ | \bbetween\ \d+\ and\ \d+ | \b\d+-\d+(?=\ [a-z])
+    | (?<=\n)[-•*]\s | \bnot\s\S+(?=\sbut\b)"""
+WORDS = re.findall(
+    r"\w+",
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen "
+    "fifteen sixteen seventeen eighteen nineteen twenty",
 )
-# A number, or an equation of numbers; thousands commas and dollar signs are removed before.
-NUMBERS = re.compile(r"[-(\s]*\d+(?:\.\d+)?(?:[\s()]*[-+*/][-\s()]*\d+(?:\.\d+)?)*[\s)]*")
-# Before a choice that is named only to be denied.
-DENIED = re.compile(
-    r"(?:\bnot|n't|\bneither|\bnor|\brather than|\binstead of)\s+\(?(?:(?:an?|the|be|to|by|it|does|is|this|necessarily)\s+)*$"
+# A text that begins with a choice's letter.
+LETTER = r"""(?x)
+    \A\W{0,9}
+    (?:(?:either|option|choice|letter|therefore|thus|hence|indeed|most|\w+ly)[\s,:]{1,9}){0,3}
+    \W{0,9} ([a-z])
+    (?: ["')] | \W{0,9}(?:$|\n) | [.:,](?!\w) | \s(?:is|because|since|as|for|-|–|—)\s | (?<![ai])\s )
+    (?s:.*)"""
+# What stands before a choice that is named only to be denied.
+DENIED = (
+    r"(?:\b(?:not|cannot|no|non|never|neither|nor|fails?|without|rather than|instead of|"
+    r"rules? out)|n't)\b[\s(-]+(?:(?!so\b|but\b|thus\b|hence\b|therefore\b)\w+[\s()]+){0,3}$"
 )
-STEMS = {
-    "entailment": "entail",
-    "contradiction": "contradict",
-}  # as in: the premise entails the hypothesis
+STEMS = {"entailment": r"entail\w*", "contradiction": r"contradict\w*"}  # the premise entails it
+
+
+def bare_number(text: str) -> str:
+    """Numbers as Python writes them: 1,200 or 1 200 becomes 1200, $5 or 5% or 05 becomes 5."""
+    thousands = r"((?<=\b\d)|(?<=\b\d\d)|(?<=\b\d\d\d))[ ,'_](?=\d{3}(?!\d))"
+    text = re.sub(thousands, "", text.translate(SIGNS))
+    return re.sub(r"[$€£¥]|(?<=\d) ?%|(?<![\d.])0+(?=\d)", "", text)
 
 
 def find_number(text: str, last: bool) -> str | None:
     """The first (or last) number or equation in the text."""
-    found = [m.group().strip() for m in NUMBERS.finditer(bare_number(text[:2000]))]
-    found = [f for f in (found + [f.strip("() ") for f in found]) if equation_value(f) is not None]
-    return (found[-1] if last else found[0]) if found else None
+    text = re.sub(r"(?<=[\s\d)])[xX](?=[\s(]*\d)", "*", text)
+    numbers = re.findall(NUMBERS, bare_number(re.sub(NO_NUMBER, "", text)))
+    for number in reversed(numbers) if last else numbers:
+        for form in (number, number.strip("() ")):
+            if equation_value(form) is not None:
+                return form
+    word = re.match(r"\W*([a-z]+)(?!\w|-|\s(?:of|or|to|and|hundred|thousand)\b)", text.lower())
+    return str(WORDS.index(word[1])) if word and word[1] in WORDS else None
 
 
-def bare_number(text: str) -> str:
-    """Without thousands commas and dollar signs."""
-    return re.sub(r"(?<=\d),(?=\d{3}\b)|\$", "", text)
-
-
-def find_choice(text: str, choices: tuple[str, ...]) -> str | None:
-    """The choice that the text gives: by its letter, by beginning with it, or as the first one named and not denied."""
-    letter = re.match(r"\W*(?:either |option |choice |letter )?(?:\(([a-z])\)|([a-z])\b\W*$|([a-z])[).:](?!\w))", text, re.IGNORECASE)  # fmt: skip
-    if letter:
-        return dict(zip(ascii_lowercase, choices)).get(letter[letter.lastindex or 0].lower())
-    text = text.lower()
-    plain = re.sub(r"^\W*(?:an? |the |to )?", "", text)
-    for choice in sorted(choices, key=len, reverse=True):
-        if re.match(re.escape(choice.lower()) + r"(?!\w)", plain):
-            return choice
-    # elsewhere a story's "not" in front of a choice's word says nothing about the answer
-    denials = choices == NLI or text.lstrip().startswith("not ")
+def find_choice(text: str, choices: tuple[str, ...], last: bool) -> str | None:
+    """The choice of the letter that the text begins with, or the first (or last) one named."""
+    text = re.sub(LETTER, r"(\1)", text.translate(SIGNS).lower())
     named = []
-    for name, choice in zip(ascii_lowercase, choices):
-        word = STEMS[choice] + r"\w*" if choice in STEMS else re.escape(choice.lower())
-        place = re.search(rf"(?<!\w){word}(?!\w)|\({name}\)|\b(?:choice|option) {name}\b", text)
-        if place and not (denials and DENIED.search(text[: place.start()])):
-            named.append((place.start(), choice))
-    return min(named)[1] if named else None
+    for letter, choice in zip(ascii_lowercase, choices):
+        word = STEMS.get(choice) or re.escape(choice.translate(SIGNS).lower().strip())
+        for place in re.finditer(rf"\({letter}\)|(?<!\w){word}(?!\w)", text):
+            start, end = place.span()
+            # a story's "not" in front of a choice's word says nothing about the answer
+            story = last and choices != NLI
+            if story or not re.search(DENIED, text[:start][-60:]):
+                named.append((-end if last else start, start - end, choice))
+    return min(named)[2] if named else None
 
 
 def parse_output(task: Task, example: Example, output: str) -> tuple[str, str | None]:
     """Split a teacher's raw output into a rationale and an answer.
 
-    The answer is the text of a choice, or an equation or number, or the text after the marker, by task; None where
-    the output gives none. The rationale holds neither a marker nor what follows it, and may be empty.
+    The answer is the text of a choice, a number or equation, or the line after the marker, by
+    task; None where the output gives none. The rationale holds neither a marker nor what follows
+    it, and may be empty.
     """
-    text = NEXT_QUESTION.split(THINKING.sub("", output[:20_000]).lstrip(), maxsplit=1)[0]
-    for pattern, plain in PLAIN:
-        text = re.sub(pattern, plain, text, flags=re.MULTILINE)
-    text = OPENING.sub("", text, count=1).strip()
-    markers = list(MARKER.finditer(text))
-    rationale = (text[: markers[0].start()] if markers else text).strip()
-    # the last marker that gives an answer wins
-    tails = [text[m.end() :].strip() for m in reversed(markers[-20:])] or [text]
-    for tail in tails:
+    for pattern, plain in REWRITE:
+        output = re.sub("(?im)" + pattern, plain, output)[:20_000]
+    parts = re.split(EXPLANATION, output, maxsplit=1)  # the answer may stand before the label
+    rationale = MARKER.split(parts[-1])[0].strip("*_#> \n")
+    _, *tails = MARKER.split(output)
+    answer = None
+    for tail in reversed(tails) if tails else parts:
         if task.numeric:
-            answer = find_number(tail.split("\n")[0], last=not markers)
+            answer = find_number(tail, not tails)
         elif example.choices:
-            answer = find_choice(tail.split("\n")[0] if markers else tail, example.choices)
-        else:
-            answer = tail.split("\n")[0].strip(" .") or None if markers else None
+            answer = find_choice(tail, example.choices, not tails)
+        elif tails:  # the first line that introduces nothing, without its full stop
+            line = re.search(r"(?m)^(?!.*:\s*$)[ \t]*(\S.*?)((?<!\.\w)\.)?[ \t]*$", tail)
+            answer = line and line[1]
         if answer is not None:
             break
-    if not markers and (answer is None or len(rationale.split()) < 4):
+    if not tails and (answer is None or len(rationale.split()) < 4):
         rationale = ""  # a bare answer explains nothing
     return rationale, answer
 
 
 # --------------------------------------------------------------------------------------------------
-# Teachers: several samples a question, kept in a cache
+# Teachers and their cache
 
 SYSTEM = (
     "You are a question-answering robot. You get a question, with answer choices where there are any. Give the"
@@ -588,262 +721,394 @@ def as_text(system: str, user: str) -> str:
 
 
 def as_chat(tokenizer: Any, chat: Chat) -> str:
-    """A chat in the model's own template, thinking switched off where it can be; where the template has no system
-    role, as Gemma 2's and Mistral's, the system text goes in front of the user's."""
+    """A chat in the model's own template, thinking switched off where it can be, or as a text to continue.
+
+    Where the template has no system role, as Gemma 2's and Mistral's, the system text goes in front of the user's;
+    where it wants lists of parts, each text is one. ValueError if it takes none of these.
+    """
+    if not tokenizer.chat_template:
+        return as_text(chat[0]["content"], chat[1]["content"])
     how = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": False}
-    try:
-        text = tokenizer.apply_chat_template(chat, **how)
-        if chat[0]["content"] in text:  # some templates drop what they do not know
-            return text
-    except jinja2.TemplateError:
-        pass
-    content = "\n\n".join(message["content"] for message in chat)
-    return tokenizer.apply_chat_template([{"role": "user", "content": content}], **how)
+    joined = [{"role": "user", "content": "\n\n".join(m["content"] for m in chat)}]
+    for messages in (chat, joined):
+        parts = [m | {"content": [{"type": "text", "text": m["content"]}]} for m in messages]
+        for form in (messages, parts):
+            with suppress(jinja2.TemplateError, TypeError):
+                text = tokenizer.apply_chat_template(form, **how)
+                if chat[0]["content"] in text:  # some templates drop what they do not know
+                    return text
+    raise ValueError("its chat template takes no system and no user message")
 
 
 Request = tuple[Example, int]  # a question, and the number of the sample
-Answers = Iterator[tuple[Request, str]]
+# a request, its text, and why the text is empty or cut: "" if it is neither
+Answers = Iterator[tuple[Request, str, str]]
 
 
-def ask_toy(
-    requests: list[Request], chat: Callable[[Example], Chat], name: str, options: Any
-) -> Answers:
-    """Samples of the toy's own teacher."""
-    for example, n in requests:
-        assert example.story is not None
-        yield (
-            (example, n),
-            think(random.Random(f"{example.id}/{n}"), example.story, options.toy_errors),
-        )
+# What a model that cannot be loaded or sampled raises.
+MODEL_FAULTS: tuple[type[Exception], ...] = (
+    ImportError,
+    OSError,
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+)
+MODEL_FAULTS += (RuntimeError, SafetensorError)
 
 
 def ask_model(
     requests: list[Request], chat: Callable[[Example], Chat], name: str, options: Any
 ) -> Answers:
-    """Samples of a Hugging Face model, causal or seq2seq, on this machine."""
+    """Samples of a Hugging Face model, causal or seq2seq, on this machine; UserError if it cannot be used."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(
-            name, padding_side="left", trust_remote_code=False
-        )
         seq2seq = transformers.AutoConfig.from_pretrained(
             name, trust_remote_code=False
         ).is_encoder_decoder
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            name, padding_side="right" if seq2seq else "left", trust_remote_code=False
+        )
         kind: Any = (
             transformers.AutoModelForSeq2SeqLM if seq2seq else transformers.AutoModelForCausalLM
         )
-        model = kind.from_pretrained(name, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"--teacher {name} cannot be loaded: {first_line(error)}")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model.to(device).eval()
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    how: Any = {"do_sample": options.temperature > 0, "temperature": options.temperature or None}
-    if (
-        not tokenizer.chat_template and not seq2seq
-    ):  # a base model goes on with a question of its own
-        how |= {"stop_strings": ["\nQuestion:", "\n\n"], "tokenizer": tokenizer}
-    for i in range(0, len(requests), TEACHER_BATCH[device]):
-        batch = requests[i : i + TEACHER_BATCH[device]]
-        chats = [chat(example) for example, _ in batch]
-        if tokenizer.chat_template:
-            texts = [as_chat(tokenizer, c) for c in chats]
-        else:
-            texts = [as_text(system["content"], user["content"]) for system, user in chats]
-        special = seq2seq or not tokenizer.chat_template  # a chat template brings its own
-        inputs = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=special).to(
-            device
+        model = kind.from_pretrained(name, trust_remote_code=False).to(device).eval()
+        if not tokenizer.pad_token:  # padding is masked, so that any token will do
+            tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
+        how: Any = {
+            "do_sample": options.temperature > 0,
+            "temperature": options.temperature or None,
+        }
+        bare = not tokenizer.chat_template
+        if bare and not seq2seq:  # a base model goes on with a question of its own
+            how |= {"stop_strings": ["\nQuestion:", "\n\n"], "tokenizer": tokenizer}
+        longest = getattr(model.config, "max_position_embeddings", None) or math.inf
+        for i in range(0, len(requests), TEACHER_BATCH[device]):
+            batch = requests[i : i + TEACHER_BATCH[device]]
+            texts = [as_chat(tokenizer, chat(example)) for example, _ in batch]
+            inputs = tokenizer(
+                texts,
+                return_tensors="pt",
+                padding=True,
+                return_token_type_ids=False,
+                add_special_tokens=seq2seq or bare,  # a template brings its own
+            ).to(device)
+            length = inputs["input_ids"].shape[1]
+            if length + options.max_tokens > longest:
+                raise ValueError(f"{length} tokens and --max-tokens are above its {longest}")
+            torch.manual_seed(zlib.crc32(f"{texts[0]}/{batch[0][1]}".encode()))
+            output = model.generate(**inputs, **how, max_new_tokens=options.max_tokens)
+            output = output[:, 0 if seq2seq else length :]  # (questions, tokens)
+            texts = tokenizer.batch_decode(output, skip_special_tokens=True)
+            for request, text, ids in zip(batch, texts, output.tolist()):
+                ended = len(ids) < options.max_tokens or ids[-1] in tokenizer.all_special_ids
+                yield request, text, "" if ended else "length"
+    except MODEL_FAULTS as error:
+        raise UserError(
+            f"--teacher {name} cannot be used ({first_line(error)}); an API's model is api:{name}."
         )
-        torch.manual_seed(
-            int(hashlib.sha256(f"{batch[0][0].id}/{batch[0][1]}".encode()).hexdigest()[:8], 16)
-        )
-        output = model.generate(**inputs, **how, max_new_tokens=options.max_tokens)
-        output = output if seq2seq else output[:, inputs["input_ids"].shape[1] :]
-        yield from zip(batch, tokenizer.batch_decode(output, skip_special_tokens=True))
 
 
-def post_chat(base: str, body: dict[str, Any]) -> tuple[str, str]:
-    """(text, finish_reason) of one chat completion; the text is empty where the server gives none.
+def check_api_base(base: str) -> None:
+    """UserError unless it is the plain address of a server: what else it holds would be kept with the run's options."""
+    if not re.fullmatch(r"https?://[\w.:\[\]-]+(/[^@?#\s]*)?", base):
+        raise UserError(
+            f"--api-base {re.sub('.*@|[?#].*', '***', base)} (or OPENAI_BASE_URL) must read as http://localhost:8000/v1"
+            " does; a key goes into OPENAI_API_KEY."
+        )
+
+
+def cleaned(text: str) -> str:
+    """A text from outside without what UTF-8 cannot hold, and without the API's key where a server repeats it."""
+    key = os.environ.get("OPENAI_API_KEY", "")
+    if len(key) >= 8:  # a shorter one, as local servers have, may be a word of any text
+        text = text.replace(key, "***")
+    return text.encode(errors="replace").decode()
+
+
+def in_thread(function: Callable[..., Any], *arguments: Any) -> Future:
+    """Call `function` in a thread that neither a time limit nor Ctrl-C has to wait for."""
+    future: Future = Future()
+
+    def call() -> None:
+        try:
+            future.set_result(function(*arguments))
+        except Exception as error:  # noqa: BLE001, who asks for the result gets it
+            future.set_exception(error)
+
+    threading.Thread(target=call, daemon=True).start()
+    return future
+
+
+class AsItComes(urllib.request.HTTPErrorProcessor):
+    """Replies of any status are read alike, and no redirect is followed: the key goes nowhere else."""
+
+    def http_response(self, request: Any, response: Any) -> Any:
+        return response
+
+    https_response = http_response
+
+
+def post(
+    opener: urllib.request.OpenerDirector, request: urllib.request.Request
+) -> tuple[int, Any, bytes]:
+    """(status, headers, body) of what a server replies.
 
     Not by huggingface_hub, whose client reaches nothing with HF_HUB_OFFLINE=1: a teacher's server is not the Hub.
-    Raises HTTPError for a status, OSError, HTTPException, ValueError, LookupError or TypeError for a broken reply.
     """
-    headers = {
-        "Content-Type": "application/json",
-        "Authorization": f"Bearer {os.environ.get('OPENAI_API_KEY', 'none')}",
-    }
-    request = urllib.request.Request(
-        f"{base.rstrip('/')}/chat/completions", json.dumps(body).encode(), headers
-    )
-    with urllib.request.urlopen(request, timeout=API_TIMEOUT) as reply:
-        choice = json.load(reply)["choices"][0]
-    return choice["message"]["content"] or "", str(choice.get("finish_reason"))
+    with opener.open(request, timeout=API_TIMEOUT) as reply:
+        return reply.status, reply.headers, reply.read(API_LARGEST)
+
+
+def read_reply(raw: bytes) -> tuple[str, str]:
+    """(text, why it is empty or cut) of a chat completion; one of UNREADABLE if it is something else."""
+    choice = json.loads(raw)["choices"][0]
+    reason, content = str(choice.get("finish_reason")), choice["message"].get("content") or ""
+    if isinstance(content, list):
+        content = "".join(part["text"] for part in content if part["type"] == "text")
+    if reason == "error":
+        raise ValueError(reason)
+    whole = content.strip() and reason not in ("length", "content_filter")
+    return cleaned(content), "" if whole else cleaned(reason)
+
+
+# Faults of a connection that may be gone at the next try, and what a reply raises that is no chat completion.
+BROKEN = (TimeoutError, ConnectionResetError, BrokenPipeError, HTTPException, ssl.SSLEOFError)
+UNREADABLE = (ValueError, LookupError, TypeError, AttributeError, RecursionError)
 
 
 def ask_api(
     requests: list[Request], chat: Callable[[Example], Chat], name: str, options: Any
 ) -> Answers:
-    """Samples of any OpenAI-compatible server; 429, 5xx, cut and slow connections are tried again with backoff."""
+    """Samples of any OpenAI-compatible server; what may pass is tried again, what stays ends in one UserError."""
     base = options.api_base or os.environ.get("OPENAI_BASE_URL") or "https://api.openai.com/v1"
-    limits = ["max_tokens"]  # as the server calls it
-    empty: list[str] = []  # finish reasons of replies without text
+    key = os.environ.get("OPENAI_API_KEY") or "none"
+    check_api_base(base)
+    if not re.fullmatch("[!-~]+", key):
+        raise UserError("OPENAI_API_KEY has a space, a line break or a sign that no key has.")
+    url, limits = f"{base.rstrip('/')}/chat/completions", ["max_tokens"]  # as the server calls it
+    headers = {"Content-Type": "application/json", "User-Agent": "qcrd"}
+    headers["Authorization"] = f"Bearer {key}"
+    here = re.match(r"https?://(localhost|127\.|0\.0\.0\.0|\[::1\])", url)  # through no proxy
+    proxies = urllib.request.ProxyHandler({} if here else None)
+    opener = urllib.request.build_opener(AsItComes, proxies)
+    good: list[tuple[str, str]] = []  # the replies so far
+    told: list[str] = []  # what happened before
+    over = threading.Event()
 
-    def one(request: Request) -> str:
+    def tell(what: str, problem: str) -> None:
+        """Say it with the server's words, the first time."""
+        if what not in told:
+            told.append(what)
+            tqdm.write(f"{url} gave {problem}; {what}.")
+
+    def one(request: Request) -> tuple[str, str]:
         for attempt in range(API_TRIES):
-            pause, limit = min(60, 2**attempt * API_BACKOFF), limits[-1]
             body = {"model": name, "messages": chat(request[0]), "temperature": options.temperature}
+            body[limits[-1]] = options.max_tokens
+            pause = API_BACKOFF * 2**attempt
             try:
-                text, reason = post_chat(base, body | {limit: options.max_tokens})
-                if (
-                    not text
-                ):  # reasoning used up the tokens, or a filter said no: a sample without an answer
-                    empty.append(reason)
-                return text
-            except HTTPError as error:
-                problem = f"status {error.code}"
-                said = " ".join(error.read().decode(errors="replace").split())[:300]
-                if error.code in (401, 403):
-                    raise UserError(
-                        f"--teacher api:{name} refused the key ({problem}): set OPENAI_API_KEY."
-                    )
-                if limit == "max_tokens" and "max_completion_tokens" in said:
+                asked = urllib.request.Request(url, json.dumps(body).encode(), headers)
+                status, about, raw = in_thread(post, opener, asked).result(API_TIMEOUT)
+                said = cleaned(f"{about.get('Location', '')} {raw.decode(errors='replace')}")
+                problem = f"status {status}: {' '.join(said.split())[:300]}"
+                with suppress(*UNREADABLE):
+                    if status < 300:
+                        answer = read_reply(raw)
+                        good.append(answer)
+                        if answer[1]:
+                            tell("a sample without a whole text", problem)
+                        return answer
+                if status in (400, 403) and re.search("content_filter|moderation|flagged", said):
+                    return "", "content_filter"
+                if "max_completion_tokens" in said and "max_tokens" in body:
                     limits.append("max_completion_tokens")
                     continue
-                if error.code != 429 and error.code < 500:
-                    raise UserError(
-                        f"--teacher api:{name} refused ({problem}, {said}): check model and options."
-                    )
+                stays = 300 <= status < 500 and status not in (408, 409, 425, 429)
+                stays |= "insufficient_quota" in said
                 with suppress(ValueError):
-                    pause = max(pause, float(error.headers.get("Retry-After", 0)))
-            except (OSError, HTTPException, ValueError, LookupError, TypeError) as error:
-                problem = type(error).__name__
-            if over.wait(pause):
+                    pause = max(pause, float(about.get("Retry-After", "")))
+            except (OSError, HTTPException, ValueError, OverflowError) as error:
+                reason = error.reason if isinstance(error, URLError) else error
+                problem = f"{type(reason).__name__} {reason}".strip()
+                stays = not good and not isinstance(reason, BROKEN)
+            if stays or attempt == API_TRIES - 1:
+                raise UserError(
+                    f"--teacher api:{name}: {url} gave {problem}: check --api-base (most end in /v1, and redirects are"
+                    " not followed), OPENAI_API_KEY, the model and the options, or start again when it is back."
+                )
+            tell("it is tried again", problem)
+            if over.wait(min(60, pause)):
                 break
-        raise UserError(
-            f"--teacher api:{name} gave {problem} {API_TRIES} times: start again when it is back."
-        )
+        return "", "stopped"
 
-    over, pool = threading.Event(), ThreadPoolExecutor(options.api_concurrency)
     left = iter(requests)
+    under_way = {in_thread(one, r): r for r in islice(left, options.api_concurrency)}
     try:
-        under_way = {
-            pool.submit(one, request): request for request in islice(left, options.api_concurrency)
-        }
         while under_way:
             for answer in wait(under_way, return_when=FIRST_COMPLETED).done:
-                yield under_way.pop(answer), answer.result()
+                yield under_way.pop(answer), *answer.result()
                 # only now, when the sample is in the cache: a kill loses the requests under way and no more
-                under_way |= {pool.submit(one, request): request for request in islice(left, 1)}
+                under_way |= {in_thread(one, r): r for r in islice(left, 1)}
     finally:
         over.set()
-        pool.shutdown(wait=False, cancel_futures=True)
-        if empty:
-            reasons = ", ".join(sorted(set(empty)))
-            print(
-                f"{len(empty)} replies had no text (finish_reason {reasons}); if it is length, raise --max-tokens."
-            )
 
 
 class Cache:
-    """Raw teacher outputs in a JSON Lines file, `{"id", "teacher", "sample", "output"}`, safe against kill -9.
+    """Raw teacher outputs in a JSON Lines file, `{"asked", "id", "teacher", "sample", "output"}`, safe against kill -9.
 
-    A sample is one appended line. The lock keeps writers from mixing lines, and a line that a killed writer left
-    unfinished is closed before the next is appended; loading drops it.
+    A sample is one appended line; "asked" is a digest of what was asked, and "max_tokens" stands beside an output that
+    was empty or cut. The lock keeps writers from mixing lines, and a line that a killed writer left unfinished is
+    closed before the next is appended; loading drops it.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
         self.lock = filelock.FileLock(f"{path}.lock")
 
-    def load(self) -> dict[tuple[str, int], str]:
-        """Output by (id, sample); the first of duplicates counts."""
-        outputs: dict[tuple[str, int], str] = {}
-        if self.path.exists():
-            for _, row in parse_jsonl(read_file(self.path), str(self.path), torn=True):
-                if {"id", "sample", "output"} <= row.keys():
-                    outputs.setdefault((row["id"], row["sample"]), row["output"])
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """By one process at a time; says what it waits for. UserError if the file cannot be written."""
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                self.lock.acquire(timeout=0).lock.release()
+            except filelock.Timeout:
+                print(f"Waiting for another process that samples into {self.path}.", flush=True)
+            with self.lock, self.path.open("ab") as file:
+                try:
+                    yield
+                finally:
+                    os.fsync(file.fileno())
+        except (OSError, NotImplementedError) as error:
+            raise UserError(
+                f"{self.path} cannot be written ({first_line(error)}): make room, or name a folder in QCRD_CACHE."
+            )
+
+    def load(self, max_tokens: int = 0) -> dict[tuple[str, int], str]:
+        """Output by (asked, sample), unless it was cut at fewer than `max_tokens`; the first of duplicates counts."""
+        outputs: dict[Any, Any] = {}
+        for _, row in parse_jsonl(read_file(self.path), str(self.path), torn=True):
+            if (row.get("max_tokens") or max_tokens) >= max_tokens:
+                outputs.setdefault((row.get("asked"), row.get("sample")), row.get("output"))
         return outputs
 
-    def append(self, id: str, teacher: str, sample: int, output: str) -> None:
-        line = (
-            json.dumps({"id": id, "teacher": teacher, "sample": sample, "output": output}).encode()
-            + b"\n"
-        )
+    def append(self, asked: str, teacher: str, sample: int, output: str, **more: Any) -> None:
+        row = {"asked": asked, "teacher": teacher, "sample": sample, "output": output} | more
+        line = json.dumps(row).encode() + b"\n"
         with self.lock, self.path.open("a+b") as file:
             if file.tell() and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n":
                 line = b"\n" + line
             file.write(line)
 
 
-def cache_path(task: Task, teacher: str, options: Any) -> Path:
-    """One cache for each model, prompt and temperature; the key of an API is no part of it."""
-    example = Example(
-        "", "{question}", "", ("{choice}",) if task.answer_format in (CHOICE, RELATION) else ()
-    )
-    identity = [task.name, teacher, ask(task, example), SHOTS, options.temperature]
-    if teacher == "toy":
-        identity.append([options.toy_errors, TOY_VERSION])
-    digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:10]
-    name = re.sub(r"[^\w.-]+", "-", f"{task.name}-{teacher}")[:80]
-    return CACHE / "samples" / f"{name}-{digest}.jsonl"
+def sampled(
+    cache: Cache,
+    examples: list[Example],
+    k: int,
+    teacher: str,
+    chat: Callable[[Example], Chat],
+    options: Any,
+) -> dict[tuple[str, int], str]:
+    """K outputs of each question by (id, sample): from the cache, and what is missing from the teacher, into the cache."""
+    keys: dict[tuple[str, int], tuple[str, int]] = {}  # in the cache, by (id, sample)
+    wanted: dict[tuple[str, int], Request] = {}  # by key, so that the same question is asked once
+    for example in examples:
+        asked = json.dumps([teacher, options.temperature, SHOTS, chat(example)])
+        for n in range(k):
+            key = (hashlib.sha256(asked.encode()).hexdigest()[:16], n)
+            keys[example.id, n], wanted[key] = key, (example, n)
+    lacks: list[str] = []
+    with cache.held():
+        known = cache.load(options.max_tokens)
+        missing = [request for key, request in wanted.items() if key not in known]
+        how = ask_api if teacher.startswith("api:") else ask_model
+        answers = how(missing, chat, teacher.removeprefix("api:"), options) if missing else ()
+        bar = tqdm(
+            answers, f"samples of {teacher}", len(missing), unit="sample", disable=not missing
+        )
+        for (example, n), output, lack in bar:
+            key = keys[example.id, n]
+            limit = options.max_tokens if lack else None
+            cache.append(key[0], teacher, n, output, id=example.id, max_tokens=limit)
+            known[key] = output
+            if lack:
+                lacks.append(lack)
+    if lacks:
+        reasons = ", ".join(sorted(set(lacks)))
+        print(
+            f"{len(lacks)} replies had no text (finish_reason {reasons}) or were cut; if it is length, raise --max-tokens."
+        )
+    return {place: known[key] for place, key in keys.items()}
 
 
-def read_samples(path: Path) -> Iterator[tuple[str, str, int, str]]:
+SAMPLE = {"id": str, "teacher": str, "sample": int, "output": str}
+
+
+def read_samples(path: str) -> Iterator[tuple[str, str, int, str]]:
     """(id, teacher, sample, output) of a file of samples; UserError names the line that has not all four."""
-    for where, row in parse_jsonl(read_file(path), str(path)):
-        try:
-            id, teacher, sample, output = row["id"], row["teacher"], row["sample"], row["output"]
-        except KeyError as error:
-            raise UserError(f"{where} has no {error}: a sample has id, teacher, sample and output.")
-        if not (
-            isinstance(id, str)
-            and isinstance(teacher, str)
-            and type(sample) is int
-            and isinstance(output, str)
-        ):
-            raise UserError(
-                f"{where}: id, teacher and output must be texts, sample a whole number."
-            )
-        yield id, teacher, sample, output
+    for where, row in parse_jsonl(read_file(Path(path)), path):
+        for name, kind in SAMPLE.items():
+            if type(row.get(name)) is not kind:
+                raise UserError(
+                    f"{where} has no usable {name!r}: id, teacher and output are texts, sample is a whole number."
+                )
+        yield row["id"], row["teacher"], row["sample"], row["output"]
 
 
 def palm_outputs(task: Task, data: str) -> Iterator[tuple[str, str, int, str]]:
     """The PaLM-540B completions of the DSS release, one for each training question, in the order of the rows."""
+    folder, outputs = f"datasets/{task.folder}", []
     with open_release(data) as release:
-        members = [
-            n for n in release.namelist() if n.startswith(f"datasets/{task.folder}/llm/train_CoT_")
-        ]
-        members.sort(key=lambda name: int(re.findall(r"\d+", name)[-1]))
-        outputs: list[Any] = []
-        for member in members:
+        name = f"{folder}/{task.folder}_train.json"
+        rows = len(read_member(release, name).strip().splitlines())
+        parts = [n for n in release.namelist() if n.startswith(f"{folder}/llm/train_CoT_")]
+        for number in range(len(parts)):  # 0, 1 and on: one that is missing is told by its name
+            name = f"{folder}/llm/train_CoT_{number}.json"
             try:
-                outputs += json.loads(read_member(release, member))
-            except (ValueError, TypeError) as error:
-                raise UserError(
-                    f"{release.filename}: {member} is no JSON array ({error}): download the file again."
-                )
+                outputs += json.loads(read_member(release, name))
+            except (ValueError, TypeError, RecursionError) as error:
+                raise UserError(f"{data}: {name} is no JSON array ({error}): download it again.")
+    if [type(output) for output in outputs] != [str] * rows:
+        raise UserError(
+            f"{data} has {len(outputs)} PaLM samples for {rows} training questions of {task.name}, or some that are no"
+            " texts; only their order tells whose they are: download the file again."
+        )
     for i, output in enumerate(outputs):
-        yield f"{task.name}-train-{i}", "palm-540b", 0, str(output)
+        yield f"{task.name}-train-{i}", "palm-540b", 0, output
 
 
 def outputs_of(
     teacher: str, task: Task, examples: list[Example], options: Any
-) -> Iterable[tuple[str, str, int, str]]:  # fmt: skip
+) -> Iterable[tuple[str, str, int, str]]:
     """(id, teacher, sample, output) of one --teacher; what is missing of a model's is asked for."""
+    k, path = options.k or 5, os.path.expanduser(teacher)
     if teacher == "own":
-        own = [e for e in examples if e.rationale]
-        return [(e.id, "own", 0, f"<Explanation>: {e.rationale}\n<Answer>: {e.label}") for e in own]
-    if teacher == "palm":
-        if not task.folder:
-            raise UserError(
-                f"--teacher palm has no samples for task {task.name}: name another teacher."
-            )
+        return [(e.id, teacher, 0, e.rationale) for e in examples if e.rationale]
+    if teacher == "toy" and examples[0].story is not None:
+        return toy_outputs(examples, k, options.toy_errors)
+    if teacher == "palm" and task.folder:
         return palm_outputs(task, options.data)
-    if Path(teacher).is_file():
-        return read_samples(Path(teacher))
-    cache = Cache(cache_path(task, teacher, options))
-    outputs = sampled(cache, examples, options.k or 5, teacher, partial(ask, task), options)
+    if teacher in ("toy", "palm"):
+        raise UserError(f"--teacher {teacher} has no samples for task {task.name}: name another.")
+    if os.path.isfile(path):
+        return read_samples(path)
+    if re.search(r"^[./~]|\.(jsonl?|csv|txt)$", teacher) and not os.path.isdir(path):
+        raise UserError(f"--teacher {teacher}: there is no such file or folder.")
+    name = re.sub(r"[^\w.-]+", "-", f"{task.name}-{teacher}")[:80]
+    cache = Cache(CACHE / "samples" / f"{name}.jsonl")
+    outputs = sampled(cache, examples, k, path, partial(ask, task), options)
     return [(id, teacher, n, output) for (id, n), output in outputs.items()]
+
+
+def toy_outputs(
+    examples: list[Example], k: int, error_rate: float
+) -> Iterator[tuple[str, str, int, str]]:
+    """Samples of the toy's own teacher, made again each time."""
+    for e in examples:
+        for n in range(k):
+            assert e.story is not None
+            yield e.id, "toy", n, think(random.Random(f"{e.id}/{n}"), e.story, error_rate)
 
 
 def collect(
@@ -853,16 +1118,27 @@ def collect(
     by_id = {example.id: example for example in examples}
     samples: dict[str, list[Sample]] = {}
     for teacher in teachers or [default_teacher(task, examples, options)]:
-        outputs: dict[tuple[str, str, int], str] = {}  # the first of duplicates counts
+        outputs: dict[tuple[str, str, int], str] = {}
         for id, name, n, output in outputs_of(teacher, task, examples, options):
-            if id in by_id:
-                outputs.setdefault((id, name, n), output)
+            if id in by_id and outputs.setdefault((id, name, n), output) != output:
+                raise UserError(
+                    f"--teacher {teacher}: sample {n} of {id!r} is there twice, also as {output[:99]!r}: number them."
+                )
         if not outputs:
             raise UserError(
                 f"--teacher {teacher} has no sample of {task.name}: ids must match, such as {examples[0].id!r}."
             )
+        readable = False
         for (id, name, _), output in outputs.items():
-            samples.setdefault(id, []).append(Sample(name, *parse_output(task, by_id[id], output)))
+            sample = Sample(name, output, by_id[id].label)
+            if teacher != "own":  # a person's words are taken as they are
+                sample = Sample(name, *parse_output(task, by_id[id], cleaned(output)))
+            samples.setdefault(id, []).append(sample)
+            readable |= task.key(sample.answer) is not None
+        if not readable:
+            raise UserError(
+                f"--teacher {teacher}: no answer can be read in any of {len(outputs)} replies, such as {output[:200]!r}."
+            )
     most = max(map(len, samples.values()))
     if options.k and options.k > most:
         raise UserError(f"--k {options.k} asks for more samples than there are: name 1 to {most}.")
@@ -870,7 +1146,7 @@ def collect(
 
 
 def default_teacher(task: Task, examples: list[Example], options: Any) -> str:
-    if task.name == "toy":
+    if examples[0].story is not None:
         return "toy"
     if any(example.rationale for example in examples):
         return "own"
@@ -884,39 +1160,8 @@ def default_teacher(task: Task, examples: list[Example], options: Any) -> str:
     return "palm"
 
 
-def sampled(
-    cache: "Cache",
-    examples: list[Example],
-    k: int,
-    teacher: str,
-    chat: Callable[[Example], Chat],
-    options: Any,
-) -> dict[tuple[str, int], str]:
-    """K outputs of each question by (id, sample): from the cache, and what is missing from the teacher, into the cache."""
-    known = cache.load()
-    missing = [(e, n) for e in examples for n in range(k) if (e.id, n) not in known]
-    how = ask_toy if teacher == "toy" else ask_api if teacher.startswith("api:") else ask_model
-    asked = how(missing, chat, teacher.removeprefix("api:"), options) if missing else iter(())
-    try:
-        for (example, n), output in tqdm(
-            asked,
-            total=len(missing),
-            desc=f"samples of {teacher}",
-            unit="sample",
-            disable=not missing,
-        ):
-            cache.append(example.id, teacher, n, output)
-            known[example.id, n] = output
-    except KeyboardInterrupt:
-        print(
-            f"\nStopped: {len(known)} samples are safe in {cache.path}; the same command goes on from there."
-        )
-        raise
-    return {(e.id, n): known[e.id, n] for e in examples for n in range(k)}
-
-
 # --------------------------------------------------------------------------------------------------
-# The built-in task, toy: arithmetic stories whose rationales can be checked exactly
+# The built-in task: toy, stories with sums that can be checked exactly, and tiny, a student for them
 
 NAMES = ["Anna", "Ben", "Carla", "David", "Emma"]
 THINGS = ["apples", "books", "cards", "coins", "eggs"]
@@ -933,7 +1178,7 @@ MATTERS = 0.75  # how often an event is about the thing asked for
 LARGEST = 20  # no count goes beyond: small enough for a tiny student to learn the sums by heart
 # How many events a question has, each of these equally often; with more of three, chance decides which seeds learn them.
 EVENTS = (1, 1, 1, 1, 2, 2, 2, 2, 2, 3)
-TOY_VERSION = 4  # raised when the stories change, so that old samples are not taken for theirs
+TOY_VERSION = 5  # raised when the stories change, so that old samples are not taken for theirs
 TOY_SIZES = {"train": 2000, "valid": 500, "test": 1000}
 
 
@@ -979,21 +1224,21 @@ class Story:
     events: tuple[Event, ...]
 
     def changes(self) -> list[int]:
-        return [c for c in (e.change(self.person, self.thing) for e in self.events) if c]
+        """What the events that matter add to the count, or take from it."""
+        changes = [event.change(self.person, self.thing) for event in self.events]
+        return [change for change in changes if change]
 
     def input(self) -> str:
-        told = [
-            f"{self.person} had {self.start} {self.thing}.",
-            *(f"{event}." for event in self.events),
-        ]
-        return " ".join(told) + f"\nHow many {self.thing} does {self.person} have now?"
+        """The story as the student reads it."""
+        told = [f"{self.person} had {self.start} {self.thing}"] + [str(e) for e in self.events]
+        return ". ".join(told) + f".\nHow many {self.thing} does {self.person} have now?"
 
 
-def follow(start: int, changes: list[int]) -> list[Step] | None:
-    """The steps that the changes make of `start`; None where a count leaves the range."""
+def follow(start: int, changes: list[int]) -> list[Step]:
+    """The steps that the changes make of `start`; none where a count leaves the range."""
     counts = list(accumulate(changes, initial=start))
-    if not all(0 <= count <= LARGEST for count in counts):
-        return None
+    if min(counts) < 0 or max(counts) > LARGEST:
+        return []
     return [Step(a, "+" if c > a else "-", abs(c - a), c) for a, c in pairwise(counts)]
 
 
@@ -1024,18 +1269,17 @@ def random_story(rng: random.Random, count: int) -> Story:
 def toy_splits() -> dict[str, list[Example]]:
     """The same stories every time, no story twice."""
     rng = random.Random("toy")
-    stories: dict[str, Story] = {}
-    while len(stories) < sum(TOY_SIZES.values()):
-        story = random_story(rng, rng.choice(EVENTS))
-        stories[story.input()] = story
-    left = iter(stories.items())
-    return {
-        split: [
-            Example(f"toy-{split}-{i}", text, equation(story.start, story.changes()), story=story)
-            for i, (text, story) in enumerate(islice(left, size))
-        ]
-        for split, size in TOY_SIZES.items()
-    }
+    splits, told = {}, set()
+    for split, size in TOY_SIZES.items():
+        examples: list[Example] = []
+        while len(examples) < size:
+            story = random_story(rng, rng.choice(EVENTS))
+            text, label = story.input(), equation(story.start, story.changes())
+            if text not in told:
+                told.add(text)
+                examples.append(Example(f"toy-{split}-{len(examples)}", text, label, story=story))
+        splits[split] = examples
+    return splits
 
 
 def is_valid(example: Example, rationale: str) -> bool | None:
@@ -1046,11 +1290,10 @@ def is_valid(example: Example, rationale: str) -> bool | None:
     if example.story is None:
         return None
     gold = follow(example.story.start, example.story.changes())
-    told = re.findall(r"(\d+) ([+-]) (\d+) = (\d+)", rationale[:2000])
-    numbers = re.findall(r"\d+", rationale[:2000])
-    return [Step(int(a), op, int(b), int(c)) for a, op, b, c in told] == gold and int(
-        numbers[-1]
-    ) == gold[-1].c
+    rationale = rationale[:2000]
+    told = re.findall(r"\d+ [+-] \d+ = \d+", rationale)
+    numbers = re.findall(r"\d+", rationale)
+    return told == [str(step) for step in gold] and numbers[-1] == str(gold[-1].c)
 
 
 def wrong_events(
@@ -1063,7 +1306,7 @@ def wrong_events(
     if error == "operation":
         used[i] = (event, -change)
     elif error == "number":
-        n = rng.choice([e.n for e in others] or [abs(change) - 1, abs(change) + 1])
+        n = rng.choice([e.n for e in others] or [event.n - 1, event.n + 1])
         used[i] = (replace(event, n=n), n if change > 0 else -n)
     elif error == "left out" and len(used) > 1:
         del used[i]
@@ -1079,10 +1322,14 @@ STYLES = [  # how an explanation opens, tells a step, and closes
         "{event}, so {step}.",
         "Now {s.person} has {end} {s.thing}.",
     ),
-    ("The story starts with {s.start} {s.thing}.", "After that {e}: {step}.", "That makes {end}."),
+    (
+        "The story starts with {s.start} {s.thing}.",
+        "After that {event.who} {event.verb} {event.n}: {step}.",
+        "That makes {end}.",
+    ),
     (
         "At first there are {s.start}.",
-        "{do} {step.b} because {e}: {step}.",
+        "{do} {step.b} because {event.who} {event.verb} {event.n}: {step}.",
         "In the end {s.person} has {end}.",
     ),
 ]
@@ -1091,33 +1338,41 @@ STYLES = [  # how an explanation opens, tells a step, and closes
 def think(rng: random.Random, story: Story, error_rate: float) -> str:
     """One sample of the built-in teacher: an explanation and the answer that follows from it, in the paper's format.
 
-    With probability `error_rate` the reasoning goes wrong as a person's would.
+    With probability `error_rate` the reasoning goes wrong as a person's would, and so does the answer.
     """
     told = [(event, event.change(story.person, story.thing)) for event in story.events]
     right = [(event, change) for event, change in told if change]
     others = [event for event, change in told if not change]
-    steps = None
-    while not steps:
-        used = right
-        if rng.random() < error_rate:
-            used = wrong_events(rng, right, others)
-            if used == right:
-                continue
+    wrong = rng.random() < error_rate
+    used: list[tuple[Event, int]] = []
+    steps: list[Step] = []
+    # An error may change nothing, or leave the range of counts: then another one is tried. Every
+    # story has one that does neither, at its end: the last number one off, or, where there are
+    # events that do not matter, one of them added or subtracted.
+    while not steps or (wrong and used == right):
+        used = wrong_events(rng, right, others) if wrong else right
         changes = [change for _, change in used]
         steps = follow(story.start, changes)
-    opening, middle, closing = STYLES[rng.randrange(len(STYLES))]
+    opening, middle, closing = rng.choice(STYLES)
     lines = [opening.format(s=story)]
-    for (event, _), step in zip(used, steps, strict=True):
-        do, short = "Add" if step.op == "+" else "Take away", f"{event.who} {event.verb} {event.n}"
-        lines.append(middle.format(event=event, e=short, do=do, step=step))
+    for (event, _), step in zip(used, steps):
+        do = "Add" if step.op == "+" else "Take away"
+        lines.append(middle.format(event=event, do=do, step=step))
     lines.append(closing.format(s=story, end=steps[-1].c))
     return f"<Explanation>: {' '.join(lines)}\n<Answer>: {equation(story.start, changes)}"
 
 
-# --------------------------------------------------------------------------------------------------
 # tiny: a student small enough to pretrain on a laptop while you wait
-
 TINY_STEPS, TINY_BATCH, TINY_LR = 1000, 32, 2e-3
+TINY_SHAPE: Any = {
+    "d_model": 64,
+    "d_kv": 16,
+    "d_ff": 128,
+    "num_layers": 2,
+    "num_heads": 4,
+    "dropout_rate": 0.0,
+    "decoder_start_token_id": 0,
+}  # with T5's own pad_token_id 0 and eos_token_id 1
 
 
 def told_story(rng: random.Random) -> str:
@@ -1136,15 +1391,26 @@ def told_story(rng: random.Random) -> str:
 
 def tiny_tokenizer(rng: random.Random) -> transformers.T5Tokenizer:
     """A T5 tokenizer of the pieces that SentencePiece's BPE finds in the stories and the teacher's samples."""
-    stories = [random_story(rng, rng.randint(1, 3)) for _ in range(2000)]
-    texts = [told_story(rng) for _ in stories]
-    texts += [f"predict: explain: So the answer is {s.input()}".replace("\n", " ") for s in stories]
-    texts += [think(rng, s, 0.4).replace("\n", " ") for s in stories]
+    texts = []
+    for _ in range(2000):
+        story = random_story(rng, rng.randint(1, 3))
+        prompts = f"predict: explain: So the answer is {story.input()}"
+        texts += [told_story(rng), prompts, think(rng, story, 0.4)]
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(texts), model_writer=model, vocab_size=300, model_type="bpe", hard_vocab_limit=False,
-        user_defined_symbols=list(".,:?"),  # pieces of their own, so that a number is one token wherever it stands
-        character_coverage=1.0, pad_id=0, eos_id=1, unk_id=2, bos_id=-1, minloglevel=2)  # fmt: skip
+        sentence_iterator=(text.replace("\n", " ") for text in texts),
+        model_writer=model,
+        vocab_size=300,
+        model_type="bpe",
+        hard_vocab_limit=False,
+        user_defined_symbols=list(".,:?"),  # pieces of their own: a number is one token anywhere
+        character_coverage=1.0,
+        pad_id=0,
+        eos_id=1,
+        unk_id=2,
+        bos_id=-1,
+        minloglevel=2,
+    )
     pieces = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
     # T5Tokenizer looks for the split of the highest total score: with -1 a piece that is the one of fewest pieces
     return transformers.T5Tokenizer(
@@ -1173,30 +1439,17 @@ def corrupt_spans(
 def tiny_student() -> Path:
     """The folder of the built-in student, made on first use: T5 of 2 + 2 layers, pretrained by span corruption."""
     path = CACHE / f"tiny-{TOY_VERSION}"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with filelock.FileLock(f"{path}.lock"):
-        if not path.exists():
+    if path.exists():
+        return path
+    with cache_folder(CACHE), filelock.FileLock(f"{path}.lock"):
+        if not path.exists():  # another process may have made it
             rng = random.Random("tiny")
             tokenizer = tiny_tokenizer(rng)
             torch.manual_seed(0)
-            shape: Any = {
-                "d_model": 64,
-                "d_kv": 16,
-                "d_ff": 128,
-                "num_layers": 2,
-                "num_heads": 4,
-                "dropout_rate": 0.0,
-            }
-            shape |= {
-                "vocab_size": len(tokenizer),
-                "decoder_start_token_id": 0,
-                "pad_token_id": 0,
-                "eos_token_id": 1,
-            }
-            config = transformers.T5Config(**shape)
+            config = transformers.T5Config(vocab_size=len(tokenizer), **TINY_SHAPE)
             model = transformers.T5ForConditionalGeneration(config)
             pretrain_tiny(model, tokenizer, rng)
-            temporary = path.with_name(f"{path.name}.tmp")
+            temporary = CACHE / "tiny.tmp"
             model.save_pretrained(temporary)
             tokenizer.save_pretrained(temporary)
             os.replace(temporary, path)

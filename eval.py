@@ -1,581 +1,600 @@
-"""Score runs, rerun the paper's tables, draw its pictures, and let a judge compare rationales.
+"""Score runs, compare two of them, rerun the paper's tables, and draw pictures.
 
-python eval.py --runs runs/toy-tiny-qcrd-s0                   # score a run, or any Hugging Face folder
-python eval.py --runs runs/toy-tiny-qcrd-s0 --show 3          # three questions' way through the method, with numbers
-python eval.py --study ablation --seeds 5                     # a table of the paper: runs what is missing
-python eval.py --runs runs/toy-tiny-qcrd-s0 --plot            # training curves and density of D's scores
-python eval.py --runs runs/A runs/B --judge api:MODEL         # whose rationales are better?
+python eval.py --runs runs/toy-tiny-qcrd-s0               # score a run, or any Hugging Face folder
+python eval.py --runs runs/toy-tiny-qcrd-s0 --show 3      # three questions' way through the method
+python eval.py --runs runs/toy-tiny-qcrd-s0 --plot        # training curves, density of D's scores
+python eval.py --compare runs/A runs/B                    # is A better, and on which questions?
+python eval.py --study ablation --seeds 5                 # a table of the paper: runs what it needs
+python eval.py --runs runs/A runs/B --judge api:MODEL     # whose rationales are better?
 """
 
 import csv
-import hashlib
-import json
 import math
 import os
 import re
-import shlex
 import subprocess
 import sys
 import textwrap
+import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from itertools import chain, pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from safetensors.torch import load_model
 from tqdm import tqdm
 
 import data
 import qcrd
-from data import UserError
+from data import Example, UserError
+from qcrd import (
+    Discriminator,
+    Question,
+    Rationale,
+    Student,
+    choose,
+    evaluate,
+    explain_losses,
+    flag,
+    negatives_of,
+    option,
+    prepare,
+    rationales_of,
+    read_object,
+    set_scores,
+    show_predictions,
+    without_dropout,
+)
 
 
 @dataclass
 class Options:
-    runs: list[str] = field(
-        default_factory=list, metadata={"help": "run directories or Hugging Face folders"}
+    runs: list[str] = option(  # noqa: RUF009
+        [], "The run directories or Hugging Face folders to score, to show, to draw or to judge."
     )
-    task: str = qcrd.option("toy", "as in qcrd.py; a run directory knows its own")
-    data: str = qcrd.option(data.DSS_ZIP, "as in qcrd.py")
-    student: str = qcrd.option("tiny", "of a study, as in qcrd.py")
-    show: str = qcrd.option(
-        "", "how many training questions to follow through the method, or the id of one"
+    task: str = option("toy", "As in qcrd.py; a run directory knows its own.")
+    data: str = option(data.DSS_ZIP, "As in qcrd.py; a run directory knows its own.")
+    student: str = option("tiny", "The student of a study, as in qcrd.py.")
+    show: str = option(
+        "", "How many training questions to follow through the method, or the id of one."
     )
-    study: list[str] = field(default_factory=list, metadata={"help": "one or several: methods, ablation, quality, noise, schemes, negatives, judge, labels, size"})  # fmt: skip
-    seeds: int = qcrd.option(5, "seeds of a study: 0, 1, ...")
-    jobs: int = qcrd.option(2, "runs of a study side by side")
-    options: str = qcrd.option("", 'further options for each run of a study, such as "--rounds 10"')
-    plot: bool = qcrd.option(
-        False, "draw each run's training curves and D's scores, or the studies"
+    compare: list[str] = option(  # noqa: RUF009
+        [], "Two run directories of one task, to compare over the test questions."
     )
-    judge: str = qcrd.option(
-        "", "a chat model or api:MODEL that compares the rationales of two --runs"
+    study: list[str] = option(  # noqa: RUF009
+        [], "Any of: methods, ablation, quality, noise, schemes, negatives, disc, labels, size."
     )
-    pairs: int = qcrd.option(50, "rationales to compare")
-    api_base: str | None = qcrd.option(None, "as in qcrd.py")
-    api_concurrency: int = qcrd.option(8, "as in qcrd.py")
-    max_tokens: int = qcrd.option(512, "as in qcrd.py")
-    temperature: float = qcrd.option(0.0, "at which the judge answers")
+    seeds: int = option(5, "The seeds of a study: 0, 1, and so on.")
+    jobs: int = option(2, "How many runs of a study go on side by side.")
+    options: str = option("", 'More options for all runs of a study, as in "--rounds 10".')
+    plot: bool = option(False, "Draw the runs, or the studies.")
+    judge: str = option("", "A chat model, or api:MODEL, to compare the rationales of two --runs.")
+    pairs: int = option(50, "How many questions' rationales the judge compares.")
+    temperature: float = option(0.0, "The temperature at which the judge answers.")
+    api_base: str = option("", "As in qcrd.py.")
+    api_concurrency: int = option(8, "As in qcrd.py.")
+    max_tokens: int = option(512, "As in qcrd.py.")
+
+
+@contextmanager
+def told_as(typed: str, option: str) -> Iterator[None]:
+    """Messages from inside name the option that was typed here, not the one of qcrd.py."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(str(error).replace(option, typed))
 
 
 # --------------------------------------------------------------------------------------------------
-# Studies: a table of the paper is a list of rows, and a row is a set of options; "" is the whole method as it is by
-# default, so that studies share its runs
-
-STUDIES: dict[str, dict[str, str]] = {
-    "methods": {**{name: f"--method {name}" for name in ("finetune", "single", "dss", "mi")}, "qcrd": ""},
-    "ablation": {
-        "dss": "--method dss",
-        "+ several denoised positives (ED)": "--negatives none --judge none",
-        "+ negatives (NK)": "--judge none",
-        "+ quality judge (QJ): qcrd": "",
-    },
-    "quality": {"qcrd, relative": "", "qcrd, eq. 6 as printed": "--quality printed"},
-    "noise": {
-        f"{m}, {e:.0%}": f"{o} --toy-errors {e}".strip() if e != 0.4 else o
-        for e in (0, 0.4, 0.6) for m, o in (("dss", "--method dss"), ("ED", "--negatives none --judge none"), ("qcrd", ""))
-    },
-    "schemes": {"minmax": "", **{name: f"--scheme {name}" for name in ("maxmin", "sampling", "mean", "wmean")}},
-    "negatives": {
-        **{f"student, j = {j}": f"--lag {j}" if j != 5 else "" for j in (3, 5, 10)},
-        "fixed dss student": "--negatives fixed --fixed-student DSS",
-        "teacher's minority only (SC)": "--negatives teacher",
-    },
-    "judge": {
-        f"{e}, {loss}": f"--judge {e} --judge-loss {loss}" if (e, loss) != ("own", "bce") else ""
-        for e in ("own", "shared") for loss in ("paper", "bce")
-    },
-    "labels": {name: f"--method {name} --labels teacher" for name in ("dss", "mi", "qcrd")},
-    "size": {
-        f"{m}, {s:.0%}": f"{o} --train-size {s}".strip() if s < 1 else o
-        for s in (0.25, 0.5, 0.75, 1.0) for m, o in (("dss", "--method dss"), ("qcrd", ""))
-    },
-}  # fmt: skip
-
-# The paper's own figures, row by row of a study, shown beside ours where task and student are the paper's.
-PAPER_TASKS = ("svamp", "cqa", "anli", "esnli")
-PAPER: dict[tuple[str, str], list[tuple[float | None, ...]]] = {
-    ("methods", "t5-base"): [(63.0, 62.19, 43.58, 88.38), (59.0, 63.11, 47.90, 88.77), (65.5, 63.23, 52.80, 90.09),
-                             (67.5, 63.50, 54.20, 90.15), (69.0, 63.64, 54.00, 90.26)],
-    ("methods", "t5-small"): [(45.0, 43.16, 42.0, 82.90), (46.5, 44.98, 42.5, 83.67), (48.0, 45.21, 42.8, 84.23),
-                              (47.0, 45.49, 42.1, 83.55), (50.5, 46.11, 44.1, 85.30)],
-    ("labels", "t5-base"): [(None, 59.15, 44.10, 74.88), (None, 59.22, 45.90, 74.67), (None, 59.80, 46.70, 74.88)],
-    ("ablation", "t5-base"): [(65.5,), (67.0,), (68.5,), (69.0,)],
-    ("schemes", "t5-base"): [(69.0,), (67.0,), (66.5,), (65.0,), (66.0,)],
-    ("negatives", "t5-base"): [(68.0,), (69.0,), (68.5,), (66.5,), (64.5,)],
-    ("size", "t5-base"): [(34, 57.08, 45.6, 90.22), (35.5, 57.17, 47.1, 90.22), (47, 60.93, 47.8, 90.19),
-                          (49, 60.85, 48.4, 90.22), (61, 62.16, 51.6, 90.11), (62, 62.34, 52.9, 90.21),
-                          (65.5, 63.23, 52.8, 90.09), (69.0, 63.64, 54.0, 90.26)],
-}  # fmt: skip
-# Student's t at 97.5% for 1, 2, ... degrees of freedom; beyond the table the normal's 1.96.
-T_975 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14, 2.13)
+# Opening a run
 
 
-def baseline_of(row: str) -> str:
-    """The dss run that a row is compared with: on the same questions, samples and labels."""
-    return " ".join(["--method dss", *re.findall(r"--(?:labels|toy-errors|train-size) \S+", row)])
-
-
-def run_path(options: Options, row: str, seed: int) -> Path:
-    """Where a run of a study lives: named by its options, so that studies share the runs they have in common."""
-    words = re.sub(
-        r"[^\w.]+", "-", f"{options.student} {options.options} {row}".replace("--", "")
-    ).strip("-")
-    return Path("runs") / "studies" / Path(options.task).stem / f"{words}-s{seed}"
-
-
-def run_missing(options: Options, rows: list[str]) -> None:
-    """Train every row and seed that has no result yet, `jobs` at a time, each on its share of the cores."""
-    missing = [(row, seed) for row in rows for seed in range(options.seeds)]
-    missing = [
-        (row, seed)
-        for row, seed in missing
-        if not (run_path(options, row, seed) / "result.json").exists()
-    ]
-    missing.sort(key=lambda run: (run[1], run[0]))
-    threads = str(max(1, (os.cpu_count() or 1) // options.jobs))
-
-    def one(row: str, seed: int) -> None:
-        out = run_path(options, row, seed)
-        out.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, str(Path(qcrd.__file__)), "--task", options.task, "--student", options.student,
-                   "--data", options.data, "--seed", str(seed), "--out", str(out),
-                   *shlex.split(options.options), *shlex.split(row)]  # fmt: skip
-        command = [
-            str(run_path(options, "--method dss", seed)) if word == "DSS" else word
-            for word in command
-        ]
-        # with tokenizers' own threads in each, two runs side by side took a fifth longer
-        environment = os.environ | {"OMP_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false"}
-        with (out / "log.txt").open("w") as log:
-            code = subprocess.run(
-                command, check=False, stdout=log, stderr=log, env=environment
-            ).returncode
-        if code:
-            raise UserError(
-                f"{shlex.join(command)} ended with code {code}: {out / 'log.txt'} tells why."
-            )
-
-    pool = ThreadPoolExecutor(options.jobs)
+def options_of(run: Path) -> qcrd.Options:
+    """The options of a finished run. UserError unless it is one of this version, and its inputs
+    are those that it was trained on."""
+    config: Any = read_object(run / "config.json")
+    result: Any = read_object(run / "result.json")
     try:
-        with tqdm(total=len(missing), desc="studies", unit="run") as bar:
-            # what needs the dss run of its seed waits until all dss runs are there
-            for wave in (
-                [run for run in missing if "DSS" not in run[0]],
-                [run for run in missing if "DSS" in run[0]],
-            ):
-                for future in as_completed([pool.submit(one, row, seed) for row, seed in wave]):
-                    future.result()
-                    bar.update()
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+        own, inputs, _ = qcrd.Options(**config["options"]), config["inputs"], result["accuracy"]
+    except (KeyError, TypeError):
+        raise UserError(
+            f"{run} is not the directory of a finished run of this version: finish it with the"
+            " qcrd.py command that began it, or name another."
+        )
+    # the student and what a fixed student wrote are in the run by now
+    for path, digest in qcrd.inputs_of(replace(own, student="tiny", fixed_student="")).items():
+        if digest not in inputs.values():
+            raise UserError(
+                f"{path} is not the file that {run} was trained on, or was changed since: start"
+                " eval.py where that run was started, or put the file back."
+            )
+    return own
 
 
-def results_of(options: Options, row: str) -> list[dict[str, float]]:
-    """The results of a row, a seed each."""
-    return [
-        json.loads((run_path(options, row, s) / "result.json").read_text())
-        for s in range(options.seeds)
-    ]
+def rows_of(path: Path) -> list[dict[str, Any]]:
+    """The rows of a JSON Lines file."""
+    return [row for _, row in data.parse_jsonl(data.read_file(path), str(path))]
 
 
-def summary(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and standard error of the mean, in points."""
-    points = 100 * np.array(values)
-    return float(points.mean()), float(points.std(ddof=1) / math.sqrt(len(points))) if len(
-        points
-    ) > 1 else math.nan
-
-
-def paired_difference(
-    ours: list[dict[str, float]], theirs: list[dict[str, float]], key: str
-) -> tuple[float, float]:
-    """The mean over seeds of ours - theirs in points, and half of its 95% interval by Student's t."""
-    gain, error = summary([a[key] - b[key] for a, b in zip(ours, theirs, strict=True)])
-    n = len(ours)
-    return gain, error * (T_975[n - 2] if 2 <= n <= len(T_975) + 1 else 1.96)
-
-
-def differences(options: Options, row: str) -> dict[str, tuple[float, float]]:
-    """By "accuracy" and "validity", as far as both have it: the paired difference of a row to its dss."""
-    ours, theirs = results_of(options, row), results_of(options, baseline_of(row))
-    both = [
-        key
-        for key in ("accuracy", "validity")
-        if key in ours[0] and key in theirs[0] and row != baseline_of(row)
-    ]
-    return {key: paired_difference(ours, theirs, key) for key in both}
-
-
-FIGURES = ("accuracy", "validity", "D auc", "accuracy - dss, 95%", "validity - dss, 95%", "paper")
-
-
-def study(options: Options, name: str) -> list[dict[str, str]]:
-    """Print the table of a study whose runs are there, and write it to runs/studies/ as Markdown and CSV."""
-    rows, table = STUDIES[name], []
-    for (label, row), published in zip(
-        rows.items(), PAPER.get((name, options.student), [()] * len(rows)), strict=True
-    ):
-        line = {name: label} | dict.fromkeys(FIGURES, "")
-        results = results_of(options, row)
-        for figure in ("accuracy", "validity", "D auc"):
-            if figure in results[0]:
-                line[figure] = "{:.1f} ± {:.1f}".format(*summary([r[figure] for r in results]))
-        for key, (gain, half) in differences(options, row).items():
-            line[f"{key} - dss, 95%"] = f"{gain:+.1f} [{gain - half:+.1f}, {gain + half:+.1f}]"
-        line["paper"] = str(dict(zip(PAPER_TASKS, published)).get(options.task) or "")
-        table.append(line)
-    write_table(table, study_path(options, name))
-    return table
-
-
-def measured(options: Options, rows: Iterable[str]) -> list[str]:
-    """Which of "accuracy" and "validity" some row has."""
-    results = [results_of(options, row)[0] for row in rows]
-    return [key for key in ("accuracy", "validity") if any(key in result for result in results)]
-
-
-def study_path(options: Options, name: str) -> Path:
-    return (
-        Path("runs") / "studies" / f"{name}-{Path(options.task).stem}-{Path(options.student).name}"
-    )
-
-
-def write_table(table: list[dict[str, str]], path: Path) -> None:
-    columns = [column for column in table[0] if any(line[column] for line in table)]
-    rows = [
-        columns,
-        ["---"] * len(columns),
-        *([line[column] for column in columns] for line in table),
-    ]
-    markdown = "".join(f"| {' | '.join(row)} |\n" for row in rows)
-    path.with_suffix(".md").write_text(markdown, encoding="utf-8")
-    with path.with_suffix(".csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns, extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows(table)
-    print(markdown + f"Written to {path}.md and .csv")
+def open_run(
+    folder: str, options: Options
+) -> tuple[Path, Student, Discriminator | None, qcrd.Options]:
+    """The path, the student, the discriminator if there is one, and the options of a run
+    directory, or of a Hugging Face folder."""
+    path = Path(folder).expanduser()
+    if "model_type" in (read_object(path / "config.json") or {}):
+        own, student_path = qcrd.Options(task=options.task, data=options.data, disc="none"), path
+    else:
+        own, student_path = options_of(path), path / "student"
+    with told_as("--runs", "--student"):
+        student = qcrd.load_student(str(student_path), own)
+    disc = None
+    if own.disc != "none":
+        disc = qcrd.make_discriminator(student, own)
+        load_model(disc, path / "discriminator.safetensors")
+    return path, student, disc, own
 
 
 # --------------------------------------------------------------------------------------------------
 # Scoring
 
 
-def open_run(folder: str, options: Options) -> qcrd.Models:
-    """The models of a run directory or Hugging Face folder, with the run's options."""
-    path = Path(folder)
-    config: dict[str, Any] = {
-        "student": folder,
-        "task": options.task,
-        "data": options.data,
-        "judge": "none",
-    }
-    if (path / "config.json").exists() and (path / "student").is_dir():
-        config = json.loads((path / "config.json").read_text()) | {"student": str(path / "student")}
-    models = qcrd.load_models(qcrd.fill_in(qcrd.Options(**config)))
-    if models.judge is not None:
-        load_model(models.judge, path / "discriminator.safetensors")
-    return models
-
-
-def scores_of(
-    models: qcrd.Models, questions: Sequence[qcrd.Question], texts: Sequence[str]
-) -> torch.Tensor:
-    """D(x, r), (N, 1), of one rationale a question, without gradients and dropout."""
-    with models.constant():
-        return models.score(
-            questions, [[text] for text in texts], torch.ones(len(texts), 1, dtype=torch.bool)
-        )
-
-
 def distinct_2(texts: Sequence[str]) -> float:
     """Distinct word pairs over all word pairs of the texts."""
-    pairs = Counter(pair for text in texts for pair in zip(text.split(), text.split()[1:]))
-    return len(pairs) / max(1, sum(pairs.values()))
+    pairs: list[tuple[str, str]] = []
+    for text in texts:
+        pairs += pairwise(text.split())
+    return len(set(pairs)) / max(1, len(pairs))
 
 
 def score(folder: str, options: Options) -> dict[str, float]:
-    """Label accuracy on the test split, and of the rationales: validity, distinct-2 and mean D score; rows are saved."""
-    models = open_run(folder, options)
-    task, splits = data.load_task(models.options.task, models.options.data)
-    result, rows = qcrd.evaluate(models, task, splits, "test")
+    """Label accuracy on the test split, and of the rationales validity, distinct-2 and mean D
+    score; predictions.jsonl has a row for each question."""
+    path, student, disc, own = open_run(folder, options)
+    task, splits = data.load_task(own.task, own.data)
+    result, rows = evaluate(student, task, splits, "test", own)
     texts = [row["rationale"] for row in rows if "rationale" in row]
     if texts:
         result["distinct-2"] = distinct_2(texts)
-    if texts and models.judge is not None:
-        questions = [qcrd.Question(example, example.label, [], []) for example in splits["test"]]
-        result["mean D score"] = scores_of(models, questions, texts).mean().item()
-    qcrd.write_jsonl(Path(folder) / "predictions.jsonl", rows)
-    print(f"{folder}: " + ", ".join(f"{key} {value:.3f}" for key, value in result.items()))
+    if disc:
+        questions = [Question(example, "", [], []) for example in splits["test"]]
+        rationales = [Rationale(row, text, True) for row, text in enumerate(texts)]
+        with without_dropout(student.model, disc):
+            scores = student.fit(qcrd.score, student, disc, questions, rationales)
+        result["mean D score"] = scores.mean().item()
+    qcrd.write_jsonl(path / "predictions.jsonl", rows)
+    print(folder, *(f"{name} {value:.3f}" for name, value in result.items()))
     return result
 
 
 # --------------------------------------------------------------------------------------------------
 # A question's way through the method, as a worked exercise
 
-
-def say(text: str, indent: int = 2) -> None:
-    """Print a text in lines of at most 100 columns."""
-    space = " " * indent
-    print(textwrap.fill(" ".join(text.split()), 100, initial_indent=space, subsequent_indent=space))
+SEARCHED = 1000  # questions at most, for some that are worth showing
 
 
 def show(folder: str, options: Options) -> None:
-    """Follow training questions through a finished run: vote, rationales, eqs. 3 to 7 with numbers, what it writes now."""
-    if not (Path(folder) / "result.json").exists():
-        raise UserError(f"{folder} is not the directory of a finished run: --show needs one.")
-    models = open_run(folder, options)
-    own = models.options
-    task, splits, samples, questions = qcrd.prepare(own)
-    drawn = qcrd.negatives_of(models, questions, own.rounds - 1, Path(folder))
-    shown = [q for q in questions if q.example.id == options.show]
-    if (
-        not shown and options.show.isdecimal()
-    ):  # first those that have all kinds of rationales to show
-        richest = sorted(
-            questions, key=lambda q: not (q.positives and q.negatives and q.example.id in drawn)
-        )
-        shown = richest[: int(options.show)]
-    if not shown:
+    """Follow training questions of the last round through a finished run: what the student writes
+    now, the vote, the chosen rationales, and eqs. 3 to 7 with numbers.
+
+    They are questions whose vote is right and where a negative pushes, if there are any.
+    """
+    path, student, disc, own = open_run(folder, options)
+    task, splits, samples, questions = prepare(own)
+    self_negatives = negatives_of(student, questions, own.rounds - 1, path, own)
+    wanted = [q for q in questions if q.example.id == options.show]
+    if not wanted and not re.fullmatch("[1-9][0-9]*", options.show):
         raise UserError(
             f"--show {options.show}: name a count or an id, such as {questions[0].example.id}."
         )
-    batch = shown + [q for q in questions if q not in shown][: max(0, own.batch_size - len(shown))]
-    torch.manual_seed(own.seed)
-    # without a margin here, so that a negative that is chosen and beyond it is seen
-    models.options = replace(own, delta=math.inf)
-    weighed = qcrd.weigh(models, batch, drawn)
-    models.options = own
-    exists, score = weighed.kind > 0, None
-    with models.constant():
-        l = models.loss_of(
-            models.encode([f"explain: {q.example.input}" for q in batch]), weighed.texts, exists
-        )
-        if models.judge is not None:
-            score = models.score(batch, weighed.texts, exists)
-    _, rows = qcrd.evaluate(models, task, splits | {"shown": [q.example for q in shown]}, "shown")
-    for i, (q, row) in enumerate(zip(shown, rows, strict=True)):
-        print(f"\n{f' {q.example.id} ':=^100}\nQuestion")
-        say(q.example.input)
-        if q.example.id in samples:
-            show_vote(task, q, samples[q.example.id])
-        if own.positives != "none":
-            show_loss(own, weighed, i, l, score)
-        print("The student now")
-        say(
-            f"predicts {row['label']!r}: {'right' if row['correct'] else 'wrong'}, the label is {q.example.label!r}"
-        )
-        if "rationale" in row:
-            say(f"explains: {row['rationale']}")
-            checked = {
-                True: "every step is right",
-                False: "not valid",
-                None: "not checked: only toy's can be",
-            }
-            say(f"validity of that: {checked[row['valid']]}")
+    batch = wanted + list(chain(*qcrd.round_batches(questions, own, own.rounds - 1)))[:SEARCHED]
+    # without a margin, so that a negative beyond it is seen
+    chosen = student.fit(choose, student, disc, batch, self_negatives, replace(own, delta=math.inf))
+    active = {r.row for r in chosen if not r.is_pos and r.l < own.delta}
+
+    def merit(row: int) -> tuple[bool, bool]:
+        example = batch[row].example
+        answers = [task.key(sample.answer) for sample in samples.get(example.id, [])]
+        return qcrd.self_consistency(answers)[0] == task.key(example.label), row in active
+
+    best = sorted(range(len(batch)), key=merit, reverse=True)
+    for row in [0] if wanted else best[: int(options.show)]:
+        q = batch[row]
+        example = q.example
+        print("\nTraining question", example.id)
+        rows = evaluate(student, task, splits | {"shown": [example]}, "shown", own)[1]
+        show_predictions([example], rows)
+        votes = Counter(str(sample.answer) for sample in samples.get(example.id, []))
+        print("The teacher's votes:", dict(votes))
+        rationales = rationales_of([q], self_negatives)
+        with without_dropout(student.model):
+            losses = student.fit(explain_losses, student, [q], rationales)
+        if rationales:
+            known = {(r.text, r.is_pos, r.by_student): r for r in chosen if r.row == row}
+            show_losses(own, rationales, losses, known)
 
 
-def show_vote(task: data.Task, q: qcrd.Question, samples: list[data.Sample]) -> None:
-    _, positives, negatives = qcrd.self_consistency([task.key(sample.answer) for sample in samples])
-    print(f"The vote of {len(samples)} samples")
-    say("; ".join(f"{sample.teacher}: {sample.answer or 'no answer'}" for sample in samples))
-    if positives:
-        winner = samples[positives[0]].answer
-        right = (
-            "right" if task.correct(winner, q.example) else f"wrong, the label is {q.example.label}"
-        )
-        say(
-            f"{len(positives)} positive, {len(negatives)} negative: {winner} wins, which is {right}"
-        )
+WEIGHTS = """Each rationale, l in nats per token under the student now, D's score s where it was asked, and what
+scheme {} made of it. The weight is share * s of a positive (eq. 6), divided by the mean s of the
+positives chosen with it unless --quality is printed, and share * (1 - s) of a negative (eq. 7);
+without D, and in scheme wmean, it is the share. It multiplies l of a positive (eq. 4), and of a
+negative min(l - delta, 0), which is 0 beyond the margin (eq. 5)."""
 
 
-def show_loss(
-    own: qcrd.Options, weighed: qcrd.Batch, i: int, l: torch.Tensor, score: torch.Tensor | None
+def show_losses(
+    own: qcrd.Options, rationales: list[Rationale], losses: list[float], known: dict
 ) -> None:
-    """The rationales of question i of a batch, and eqs. 3 to 7 with their numbers; l and score (N, R)."""
-    print(
-        f"Its rationales: l in nats per token under the student now (delta {own.delta:g}), D's score s, share in a term"
-    )
-    writer = (
-        f"of round {qcrd.source_round(own.rounds - 1, own.lag)}"
-        if own.negatives == "student"
-        else "fixed"
-    )
-    names = {
-        qcrd.POSITIVE: "positive",
-        qcrd.TEACHERS: "teacher's negative",
-        qcrd.STUDENTS: f"student's, {writer}",
-    }
-    terms: dict[int, list[str]] = {4: [], 5: []}  # by equation
-    for j, text in enumerate(weighed.texts[i]):
-        kind, weight = int(weighed.kind[i, j]), weighed.weight[i, j]
-        share = weighed.pos_share[i, j] + weighed.neg_share[i, j]
-        eq = 4 if kind == qcrd.POSITIVE else 5
-        line = f"  {names[kind]:<22} l {l[i, j]:6.3f}"
-        line += f"  s {score[i, j]:.3f}" if score is not None else ""
-        line += f"  share {share:.2f}"
-        if share > 0:
-            line += f"  chosen by {qcrd.SCHEMES[own.scheme][eq - 4]}, eq. {eq}"
-            value = f"{l[i, j]:.3f}" if eq == 4 else f"min({l[i, j]:.3f} - {own.delta:g}, 0)"
-            terms[eq].append(f"{share:.2f} * {weight:.3f} * {value}")
-        print(line + ("; beyond delta" if eq == 5 and l[i, j] >= own.delta else ""))
-        say(text, 6)
-    shares = weighed.pos_share, weighed.neg_share
-    pos, neg = (
-        term[i]
-        for term in qcrd.contrastive_loss(l, *shares, weighed.weight, own.beta, own.delta)[1:]
-    )
-    print("L_cl, of share * weight * l")
-    if score is not None and own.scheme != "wmean":
-        mean = (shares[0] * score).sum() / shares[0].sum()
-        by = (
-            f" / {mean:.3f}, the mean of those chosen for {len(l)} questions"
-            if own.quality == "relative"
-            else ""
+    """The rationales of a question, and eqs. 3 to 7 with their numbers; known are those of them
+    that were chosen."""
+    print(WEIGHTS.format(own.scheme))
+    L = {True: 0.0, False: 0.0}
+    for r, l in zip(rationales, losses, strict=True):
+        kind = "student's" if r.by_student else "positive" if r.is_pos else "negative"
+        r = known.get((r.text, r.is_pos, r.by_student), r)
+        of_l = l if r.is_pos else min(l - own.delta, 0)
+        L[r.is_pos] += r.weight * of_l
+        print(
+            f"{kind:<9}  l {l:6.3f}  s {r.score:5.3f}  share {r.share:.2f}"
+            f"  weight {r.weight:.3f} * {of_l:6.3f} = {r.weight * of_l:6.3f}"
         )
-        say(f"weight: s{by} (eq. 6); 1 - s of a negative (eq. 7)")
-    say(f"eqs. 4, 6: L_pos = {' + '.join(terms[4]) or '0, no positive'} = {pos:.3f}")
-    say(f"eqs. 5, 7: L_neg = {' + '.join(terms[5]) or '0, no negative'} = {neg:.3f}")
-    say(
-        f"eq. 3: L_cl = L_pos - beta * L_neg = {pos:.3f} - {own.beta:g} * {neg:.3f} = {pos - own.beta * neg:.3f}"
+        print(textwrap.indent(textwrap.fill(r.text, 96), "    "))
+    L_cl = L[True] - own.beta * L[False]
+    print(
+        f"L_cl = L_pos - beta * L_neg = {L[True]:.3f} - {own.beta:g} * {L[False]:.3f} = {L_cl:.3f}"
+        " (eq. 3)"
     )
 
 
 # --------------------------------------------------------------------------------------------------
-# Pictures. Okabe and Ito's colours, which colour-blind readers can tell apart, and a line style each.
+# Two runs on the same test questions
 
-STYLES = [
-    ("#0072B2", "-"),
-    ("#E69F00", "--"),
-    ("#009E73", "-."),
-    ("#CC79A7", ":"),
-    ("#000000", "-"),
-    ("#D55E00", "--"),
-]
+FIGURES = {"accuracy": "correct", "validity": "valid"}  # and what they are the mean of
 
 
-def panels(count: int, height: float, title: str) -> tuple[Any, Any]:
-    """A matplotlib figure with that many axes side by side."""
+def two_runs(folders: list[str]) -> list[tuple[Example, dict, dict]]:
+    """Each test question of two runs of one task, with the rows of their predictions."""
+    tests, rows = [], []
+    for folder in folders:
+        path = Path(folder).expanduser()
+        own = options_of(path)
+        tests.append(data.load_task(own.task, own.data)[1]["test"])
+        rows.append(rows_of(path / "predictions.jsonl"))
+        if [row.get("id") for row in rows[-1]] != [example.id for example in tests[-1]]:
+            raise UserError(f"{folder} answered other test questions: score it again with --runs.")
+    if len(tests) != 2 or tests[0] != tests[1]:
+        raise UserError(f"{folders} are not two runs of one task: name two that are.")
+    print("A and B are", *folders)
+    return list(zip(tests[0], *rows, strict=True))
+
+
+# Student's t at 97.5% by the number of values
+T_975 = [math.nan] * 3
+T_975 += [4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14, 2.13]
+
+
+def interval(values: np.ndarray) -> tuple[float, float]:
+    """The mean in points, and half of its 95% interval: by Student's t, the normal one for more
+    than 16 values, nan for fewer than three."""
+    n = len(values)
+    t = 1.96 if n > 16 else T_975[n]  # the normal's
+    return 100 * values.mean(), 100 * t * values.std() / math.sqrt(n - 1)
+
+
+def spelled(mean: float, half: float) -> str:
+    """A mean with half of its interval, as far as there are."""
+    return f"{mean:.1f} ± {half:.1f}".removesuffix(" ± nan").removesuffix("nan")
+
+
+def compare(options: Options) -> None:
+    """Print how two runs differ over the test questions, and five on which they disagree."""
+    rows = two_runs(options.compare)
+    for figure, key in FIGURES.items():
+        pairs = [(a.get(key), b.get(key)) for _, a, b in rows]
+        if None not in pairs[0]:
+            a, b = np.array(pairs, float).T
+            gain = spelled(*interval(a - b))
+            print(f"{figure}: A {a.mean():.1%}, B {b.mean():.1%}, A - B {gain} points")
+    print(
+        "± is half of the 95% interval, normal, paired over these",
+        len(rows),
+        "questions.\nIt is about two students; only several seeds tell about methods: see --study.",
+    )
+    apart = [row for row in rows if row[1]["correct"] != row[2]["correct"]]
+    print("On", len(apart), "questions one is right and the other wrong.")
+    for example, a, b in apart[:5]:
+        print("\nA, then B, on", example.id)
+        show_predictions([example, example], [a, b])
+
+
+# --------------------------------------------------------------------------------------------------
+# Studies. A table of the paper is a list of rows, and a row is the options in which a run differs
+# from the whole method by default. "against" names the row that it is compared with: dss on the same
+# questions, samples and labels. A fixed student is named by its row. Studies share equal rows' runs.
+
+STUDIES: dict[str, dict[str, dict[str, Any]]] = {
+    "methods": {
+        "finetune": {"method": "finetune"},
+        "single": {"method": "single"},
+        "dss": {"method": "dss"},
+        "mi": {"method": "mi"},
+        "qcrd": {},
+    },
+    "ablation": {
+        "dss": {"method": "dss"},
+        "+ several positives (ED)": {"negatives": "none", "disc": "none"},
+        "+ negatives (NK)": {"disc": "none"},
+        "+ quality by D (QJ): qcrd": {},
+    },
+    "quality": {
+        "dss": {"method": "dss"},
+        "qcrd, relative": {},
+        "qcrd, eq. 6 as printed": {"quality": "printed"},
+    },
+    "noise": {
+        "dss, 0%": {"method": "dss", "toy_errors": 0.0},
+        "ED, 0%": {"negatives": "none", "disc": "none", "toy_errors": 0.0, "against": "dss, 0%"},
+        "qcrd, 0%": {"toy_errors": 0.0, "against": "dss, 0%"},
+        "dss, 25%": {"method": "dss"},
+        "ED, 25%": {"negatives": "none", "disc": "none", "against": "dss, 25%"},
+        "qcrd, 25%": {"against": "dss, 25%"},
+        "dss, 50%": {"method": "dss", "toy_errors": 0.5},
+        "ED, 50%": {"negatives": "none", "disc": "none", "toy_errors": 0.5, "against": "dss, 50%"},
+        "qcrd, 50%": {"toy_errors": 0.5, "against": "dss, 50%"},
+    },
+    "schemes": {
+        "dss": {"method": "dss"},
+        "minmax": {},
+        "maxmin": {"scheme": "maxmin"},
+        "sampling": {"scheme": "sampling"},
+        "mean": {"scheme": "mean"},
+        "wmean": {"scheme": "wmean"},
+    },
+    "negatives": {
+        "dss": {"method": "dss"},
+        "student, j = 3": {"lag": 3},
+        "student, j = 5": {},
+        "student, j = 10": {"lag": 10},
+        "fixed dss student": {"negatives": "fixed", "fixed_student": "dss"},
+        "teacher's minority only (SC)": {"negatives": "teacher"},
+    },
+    "disc": {
+        "dss": {"method": "dss"},
+        "own, bce": {},
+        "own, paper": {"disc_loss": "paper"},
+        "shared, bce": {"disc": "shared"},
+        "shared, paper": {"disc": "shared", "disc_loss": "paper"},
+    },
+    "labels": {
+        "dss": {"method": "dss", "labels": "teacher"},
+        "mi": {"method": "mi", "labels": "teacher"},
+        "qcrd": {"labels": "teacher"},
+    },
+    "size": {
+        "dss, 25%": {"method": "dss", "train_size": 0.25},
+        "qcrd, 25%": {"train_size": 0.25, "against": "dss, 25%"},
+        "dss, 50%": {"method": "dss", "train_size": 0.5},
+        "qcrd, 50%": {"train_size": 0.5, "against": "dss, 50%"},
+        "dss, 75%": {"method": "dss", "train_size": 0.75},
+        "qcrd, 75%": {"train_size": 0.75, "against": "dss, 75%"},
+        "dss, 100%": {"method": "dss"},
+        "qcrd, 100%": {"against": "dss, 100%"},
+    },
+}
+
+
+class Run(NamedTuple):
+    """A run of a study: its directory, and its command line."""
+
+    out: Path
+    words: list[str]
+
+
+def study_path(options: Options, *parts: str) -> Path:
+    """A path in the folder of the studies, named by what is said of a run or a study."""
+    task = options.task
+    if task not in data.TASKS:  # files of one name differ by their content
+        task = f"{Path(task).stem}-{data.digest(task)[:8]}"
+    name = re.sub(r"[^\w.]+", "-", " ".join([options.student, options.options, *parts]))
+    return Path("runs/studies", task, name)
+
+
+def plan(options: Options, name: str) -> dict[str, list[Run]]:
+    """For each row of a study a run a seed. UserError if --options has what the study sets."""
+    runs: dict[str, list[Run]] = {}
+    taken = {"task", "data", "student", "seed", "out", "overwrite"}.union(*STUDIES[name].values())
+    for typed in map(flag, taken):
+        if typed in re.split("[ =]", options.options.replace("_", "-")):
+            raise UserError(f"--options {typed}: the study {name} sets that itself; leave it out.")
+    for label, row in STUDIES[name].items():
+        runs[label] = []
+        for seed in range(options.seeds):
+            keys = [key for key in row if key not in ("against", "fixed_student")]
+            words = [f"{flag(key)}={row[key]}" for key in keys]
+            out = study_path(options, *words, f"s{seed}")
+            if "fixed_student" in row:
+                words.append(f"--fixed-student={runs[row['fixed_student']][seed].out}")
+            words += [f"--task={options.task}", f"--data={options.data}", f"--seed={seed}"]
+            words += [f"--student={options.student}", f"--out={out}", *options.options.split()]
+            runs[label].append(Run(out, words))
+    return runs
+
+
+def result_of(run: Run) -> dict[str, float]:
+    """The figures of a run; none where it has not finished."""
+    return read_object(run.out / "result.json") or {}
+
+
+def start(run: Run) -> subprocess.Popen:
+    """Train a run in a process of its own."""
+    run.out.mkdir(parents=True, exist_ok=True)
+    with (run.out / "log.txt").open("w") as log:
+        # a session of its own: Ctrl-C reaches this process alone, which then ends its runs
+        return subprocess.Popen(
+            [sys.executable, qcrd.__file__, *run.words],
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+
+
+def run_missing(runs: list[Run], jobs: int) -> None:
+    """Train what has no result yet, `jobs` runs at a time, each on its share of the cores."""
+    waiting = []
+    for run in runs:
+        if result_of(run):
+            with told_as("move it away", "use --out, or --overwrite"):
+                qcrd.open_run(run.out, qcrd.parse_options(run.words))
+        else:
+            waiting.append(run)
+    print(
+        f"{len(runs)} runs, {len(waiting)} of them to be made, {jobs} at a time. How long that takes"
+        " stands right of the bar once one has ended."
+    )
+    os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // jobs))
+    # with tokenizers' own threads in each, two runs side by side took a fifth longer
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    running: dict[subprocess.Popen, Run] = {}
+    try:
+        with tqdm(total=len(waiting), unit="run") as bar:
+            while waiting or running:
+                # the runs that a fixed student comes from stand before it, and end first
+                fixed = waiting and "fixed" in waiting[0].out.name
+                if waiting and len(running) < (1 if fixed else jobs):
+                    run = waiting.pop(0)
+                    running[start(run)] = run
+                for process in [process for process in running if process.poll() is not None]:
+                    run = running.pop(process)
+                    if not result_of(run):
+                        raise UserError(f"a run of the study failed: {run.out}/log.txt tells why.")
+                    bar.update()
+                time.sleep(0.1)
+    finally:
+        for process in running:
+            process.terminate()
+        for process in running:
+            process.wait()
+
+
+# --------------------------------------------------------------------------------------------------
+# Tables and pictures of studies
+
+COLUMNS = ["accuracy", "validity", "AUC", "accuracy - dss", "validity - dss"]
+FAR = 15  # points; a row that is further from dss does not stretch the axis
+CAPTION = """
+Points, ± half of the 95% interval over seeds, by Student's t; the differences are paired. Fewer
+than three seeds have no interval.
+"""
+
+
+def figures_of(name: str, runs: dict[str, list[Run]]) -> dict[tuple[str, str], tuple]:
+    """By row and column the mean over the seeds, and half of its interval; nan where there is
+    none."""
+    found = {}
+    for label, row in STUDIES[name].items():
+        for figure in COLUMNS[:3]:
+            ours = values(runs, label, figure)
+            theirs = values(runs, row.get("against", "dss"), figure)
+            found[label, figure] = interval(ours)
+            found[label, f"{figure} - dss"] = interval(ours - theirs)
+    return found
+
+
+def values(runs: dict[str, list[Run]], label: str, figure: str) -> np.ndarray:
+    """A figure of each run of a row; nan where there is none."""
+    found = [result_of(run).get(figure, math.nan) for run in runs.get(label, [])]
+    return np.array(found or [math.nan])
+
+
+def write_table(options: Options, name: str, runs: dict[str, list[Run]]) -> None:
+    """Print the table of a study whose runs are there, and write it as Markdown and CSV."""
+    found = figures_of(name, runs)
+    table = [[name, *COLUMNS, "seeds", "options of the first"]]
+    for label in runs:
+        cells = [spelled(*found[label, column]) for column in COLUMNS]
+        seeds, words = [*range(options.seeds)], " ".join(runs[label][0].words)
+        table.append([label, *cells, str(seeds), words])
+    path = study_path(options, name)
+    with Path(f"{path}.csv").open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows(table)
+    table.insert(1, ["---"] * len(table[0]))
+    text = "\n".join([*(f"| {' | '.join(cells)} |" for cells in table), CAPTION])
+    qcrd.write_atomically(Path(f"{path}.md"), text)
+    print(f"{text}Written to {path}.md and .csv")
+
+
+VARIES = {"noise": "toy_errors", "size": "train_size"}
+
+
+def plot_study(options: Options, name: str, runs: dict[str, list[Run]]) -> None:
+    """For accuracy and validity a picture: the difference of each row to its dss, but of rows so
+    far away that they would stretch the axis; or, where a study varies a share, each method."""
+    found, key = figures_of(name, runs), VARIES.get(name)
+    for figure in FIGURES:
+        lines: dict[str, Any] = {}
+        for label, row in STUDIES[name].items():
+            x, line, column = label, f"rows beyond {FAR} points are left out", f"{figure} - dss"
+            if key:
+                x = row.get(key, getattr(qcrd.Options(), key))
+                line, column = label.split(",")[0], figure
+            if abs(found[label, column][0]) <= (100 if key else FAR):  # nan is not
+                lines.setdefault(line, []).append((x, *found[label, column]))
+        if lines:
+            title = f"{column}, points with 95% intervals, {options.seeds} seeds; by {key or 'row'}"
+            path = Path(f"{study_path(options, name, figure)}.svg")
+            draw(path, title, {line: zip(*lines[line]) for line in lines}, "o-" if key else "o")
+
+
+def draw(path: Path, title: str, lines: dict[str, Any], style: str = ".-") -> None:
+    """A line for each name, of x, y and error."""
     import matplotlib.figure  # the only thing that needs it
+    import matplotlib.style
 
-    figure = matplotlib.figure.Figure(figsize=(5 + 2 * count, height), layout="constrained")
-    figure.suptitle(title)
-    return figure, figure.subplots(1, count, squeeze=False)[0]
-
-
-def draw_lines(axes: Any, x_label: str, y_label: str, lines: dict[str, Any]) -> None:
-    """A line for each name, of (x, y) or (x, y, error)."""
-    for (name, line), (color, style) in zip(lines.items(), STYLES * 3):
-        axes.errorbar(*line, label=name, color=color, linestyle=style, capsize=3)
-    axes.set(xlabel=x_label, ylabel=y_label)
-    axes.legend()
-
-
-def save_picture(figure: Any, path: Path) -> None:
-    import matplotlib
-
-    # as text and without a date, so that an SVG is small and the same figures give the same file
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": path.stem}):
-        figure.savefig(path, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None)
-    print(f"Drawn: {path}")
-
-
-def draw(path: Path, title: str, x_label: str, y_label: str, lines: dict[str, Any]) -> None:
-    """One panel of lines, written to `path`."""
-    figure, (axes,) = panels(1, 4.5, title)
-    draw_lines(axes, x_label, y_label, lines)
-    save_picture(figure, path)
+    # colours that colour-blind readers can tell apart; text as text, so that an SVG is small
+    with matplotlib.style.context(["tableau-colorblind10", {"svg.fonttype": "none"}]):
+        figure = matplotlib.figure.Figure(layout="constrained")
+        axes = figure.add_subplot(title=title)
+        for label, line in lines.items():
+            axes.errorbar(*line, label=label, fmt=style)  # type: ignore[misc]
+        axes.grid(axis="y")
+        axes.tick_params("x", rotation=30)
+        axes.legend()
+        figure.savefig(path)
+    print("Drawn:", path)
 
 
 def plot_run(folder: str, options: Options) -> None:
-    """Each loss against the round, and, where there is a discriminator, its scores as in the paper's Fig. 6."""
-    rounds = [
-        row
-        for _, row in data.parse_jsonl(
-            data.read_file(Path(folder) / "metrics.jsonl"), "metrics.jsonl"
-        )
-    ]
-    losses = {
-        key: ([r["round"] for r in rounds], [r[key] for r in rounds])
-        for key in rounds[0]
-        if key.startswith("L_")
-    }
-    title = f"Losses of {Path(folder).name}, mean over each round"
-    draw(
-        Path(folder) / "losses.png", title, "round", "loss (nats per token; L_judge: nats)", losses
-    )
-    models = open_run(folder, options)
-    if models.judge is None:
+    """Each loss against the round, and, where there is a discriminator, the density of its scores
+    as in the paper's Fig. 6."""
+    path, student, disc, own = open_run(folder, options)
+    rows = rows_of(path / "metrics.jsonl")
+    lines: dict[str, Any] = {}
+    for name in dict.fromkeys(chain(*rows)):
+        if name.startswith("L_"):  # a round in which D did not learn has no L_D
+            lines[name] = zip(*[(row["round"], row[name]) for row in rows if name in row])
+    draw(path / "losses.png", f"{folder}: losses, nats per token (L_D: nats), by round", lines)
+    if not disc:
         return
-    *_, questions = qcrd.prepare(models.options)
-    held_out = [q for q in questions if q.held_out][:500]
+    held_out = [q for q in prepare(own)[-1] if q.held_out][:500]
+    inputs = [f"explain: {q.example.input}" for q in held_out]
+    rationales = rationales_of(held_out, {})
     groups = {
-        "teacher, positives": [(q, text) for q in held_out for text in q.positives],
-        "teacher, negatives": [(q, text) for q in held_out for text in q.negatives],
+        "positives": [r for r in rationales if r.is_pos],
+        "teacher's negatives": [r for r in rationales if not r.is_pos],
     }
-    limit = qcrd.rationale_limit(models, questions)
     for t in (1.5, 2.0):
-        texts = models.generate(
-            [f"explain: {q.example.input}" for q in held_out], limit, t, f"student at {t}"
-        )
-        groups[f"student at temperature {t}"] = list(zip(held_out, texts, strict=True))
-    edges = np.linspace(0, 1, 26)
+        texts = enumerate(student.write(inputs, "samples", temperature=t))
+        groups[f"student at temperature {t}"] = [Rationale(*pair, False) for pair in texts]
     lines = {}
-    for name, pairs in groups.items():
-        if pairs:
-            scores = scores_of(models, *zip(*pairs)).cpu().numpy()
-            lines[f"{name} ({len(pairs)})"] = (
-                edges[:-1] + 0.02,
-                np.histogram(scores, edges, density=True)[0],
-            )
-    title = "Discriminator's scores on held-out training questions"
-    draw(Path(folder) / "scores.png", title, "score D(x, r)", "density", lines)
-
-
-def plot_differences(options: Options, names: list[str]) -> None:
-    """Every row's difference to dss with its 95% interval, accuracy and validity side by side."""
-    rows = {
-        row: label for name in reversed(names) for label, row in reversed(STUDIES[name].items())
-    }
-    rows = {row: label for row, label in rows.items() if row != baseline_of(row)}
-    keys, found = measured(options, rows), [differences(options, row) for row in rows]
-    title = f"Difference to dss in points, 95% intervals, {options.seeds} seeds"
-    figure, both = panels(len(keys), 1.6 + 0.35 * len(rows), title)
-    for axes, key, (color, _) in zip(both, keys, STYLES):
-        for y, difference in enumerate(found):
-            if key in difference:
-                gain, half = difference[key]
-                axes.errorbar(gain, y, xerr=half, fmt="o", color=color, capsize=4)
-        axes.axvline(0, color="#000000", linewidth=1)
-        axes.set(xlabel=f"{key} - dss", yticks=range(len(rows)), ylim=(-0.7, len(rows) - 0.3))
-        axes.set_yticklabels(rows.values() if axes is both[0] else [])
-        axes.grid(axis="x", alpha=0.3)
-    save_picture(figure, study_path(options, "-".join(names)).with_suffix(".svg"))
-
-
-def plot_shares(options: Options, name: str, x_label: str) -> None:
-    """A study whose rows are "method, share": accuracy and validity against the share (size: the paper's Fig. 4)."""
-    keys = measured(options, STUDIES[name].values())
-    figure, both = panels(
-        len(keys), 4, f"{Path(options.task).stem}, {options.seeds} seeds; bars: standard error"
-    )
-    for axes, key in zip(both, keys):
-        lines: dict[str, tuple[list[float], ...]] = {}
-        for label, row in STUDIES[name].items():
-            method, share = label.split(", ")
-            results = results_of(options, row)
-            if key in results[0]:
-                point = (float(share.strip("%")), *summary([r[key] for r in results]))
-                for values, value in zip(
-                    lines.setdefault(method, ([], [], [])), point, strict=True
-                ):
-                    values.append(value)
-        draw_lines(axes, x_label, f"test {key}, %", lines)
-    save_picture(figure, study_path(options, name).with_suffix(".svg"))
+    for name, group in groups.items():
+        with without_dropout(student.model, disc):
+            student.fit(set_scores, student, disc, held_out, group)
+        density, edges = np.histogram([r.score for r in group], 25, (0, 1), density=True)
+        lines[name] = (edges[1:], density)
+    draw(path / "scores.png", f"{folder}: density of s on held-out questions", lines)
 
 
 def studies(options: Options) -> None:
@@ -583,33 +602,57 @@ def studies(options: Options) -> None:
     for name in options.study:
         if name not in STUDIES:
             raise UserError(f"--study {name} is not one of {', '.join(STUDIES)}.")
-        if name == "noise" and options.task != "toy":
-            raise UserError(
-                "--study noise needs --task toy, whose teacher errs as often as it is told to."
-            )
-    if options.seeds < 1 or options.jobs < 1:
-        raise UserError("--seeds and --jobs must be at least 1.")
-    rows = {row for name in options.study for row in STUDIES[name].values()}
-    run_missing(options, sorted(rows | {baseline_of(row) for row in rows}))
-    for name in options.study:
-        study(options, name)
-    if options.plot:
-        shares = {"noise": "teacher's error rate, %", "size": "share of the training questions, %"}
-        others = [name for name in options.study if name not in shares]
-        if others:
-            plot_differences(options, others)
-        for name in options.study:
-            if name in shares:
-                plot_shares(options, name, shares[name])
+    if "noise" in options.study and options.task != "toy":
+        raise UserError("--study noise needs --task toy, whose teacher errs as it is told to.")
+    plans = {name: plan(options, name) for name in options.study}
+    every: dict[Path, Run] = {}  # studies share runs
+    for rows in plans.values():
+        every |= {run.out: run for run in chain(*rows.values())}
+    run_missing(list(every.values()), options.jobs)
+    for name, rows in plans.items():
+        write_table(options, name, rows)
+        if options.plot:
+            plot_study(options, name, rows)
 
 
 # --------------------------------------------------------------------------------------------------
 # Whose rationales are better? (the paper's Table 7)
 
 VERDICT = (
-    "You compare two explanations of how to answer a question. Judge whether the reasoning is right, complete and clear,"
-    " not its length or style. Reply with one word: A if explanation A is better, B if explanation B is, tie if neither."
+    "You compare two explanations of how to answer a question. Judge whether the reasoning is"
+    " right, complete and clear, not its length or style. Reply with one word: A if explanation A"
+    " is better, B if explanation B is, tie if neither."
 )
+# How people write their verdict, the clearest way first, where X is A, B or tie.
+X = r"(?<!nor )(?<!and )(?<!or )(?:[Ee]xplanation |[Oo]ption )?\b(A|B|[Tt]ie|TIE)\b"
+READ_AS = [
+    r"^(?:[Ee]xplanation )?(a|b)\.?$",  # the letter alone
+    "(?i:answer|boxed|verdict|winner|choice|judge?ment|decision)(?: is)?[ .:>]+X",
+    "^X(?: ?[.,:;-]|$)",  # the letter, and perhaps why
+    "X(?: (?!not|less|worse)[a-z]+)*? (?:better|best|clearer|stronger|superior|more|wins|>)",
+    "(?:better|best|prefer|choose|pick|favou?r|go with|worse than)(?: one)?(?: is)?:? X",
+    r"X\W*$",  # the letter at the end
+    r"(?i)\b(tie|tied|draw|equal|equally|neither|same|both)\b",
+]
+
+
+def read_verdict(reply: str) -> str | None:
+    """A, B or tie, as a judge wrote it; None where it cannot be read."""
+    text = re.sub(data.THINKING, "", reply).replace("\\text", "").replace("\n", " . ")
+    text = re.sub(r"[^\w.,:;'>-]+", " ", text).strip(" .")  # without LaTeX and Markdown
+    for pattern in READ_AS:
+        found = re.findall(pattern.replace("X", X), text)
+        if found:
+            return found[-1].upper() if len(found[-1]) == 1 else "tie"
+    return None
+
+
+def verdict(forward: str, backward: str) -> str:
+    """A, B or tie out of the replies for (A, B) and (B, A): only where both agree is one better."""
+    first, second = read_verdict(forward), read_verdict(backward)
+    if first is None or second is None:
+        return "not read"
+    return {"AB": "A", "BA": "B"}.get(first + second, "tie")
 
 
 def sign_test(a: int, b: int) -> float:
@@ -618,71 +661,50 @@ def sign_test(a: int, b: int) -> float:
     return min(1.0, 2 * tail)
 
 
-def verdict(forward: str, backward: str) -> str:
-    """A, B or tie out of the replies for (A, B) and (B, A): only where both orders agree is one better."""
-    first, second = (
-        re.match(r"\W*(a|b|tie)\b", reply.strip().lower()) for reply in (forward, backward)
-    )
-    agreed = first and second and {("a", "b"): "A", ("b", "a"): "B"}.get((first[1], second[1]))
-    return agreed or "tie"
+def ask_judge(example: Example) -> data.Chat:
+    """The question for the judge as chat messages."""
+    return [{"role": "system", "content": VERDICT}, {"role": "user", "content": example.input}]
 
 
-def compare(options: Options) -> dict[str, int]:
-    """Let a teacher compare the rationales of two scored runs, each pair in both orders; counts of A, tie and B."""
-    if len(options.runs) != 2:
-        raise UserError("--judge compares two runs: name two with --runs.")
-    config = json.loads(data.read_file(Path(options.runs[0]) / "config.json"))
-    splits = data.load_task(config["task"], config["data"])[1]
-    sides = []
-    for run in options.runs:
-        rows = data.parse_jsonl(
-            data.read_file(Path(run) / "predictions.jsonl"), f"{run}/predictions.jsonl"
-        )
-        sides.append({row["id"]: row["rationale"] for _, row in rows if row.get("rationale")})
-    both = [e for e in splits["test"] if e.id in sides[0] and e.id in sides[1]][: options.pairs]
-    if not both:
-        raise UserError(
-            f"--judge: {' and '.join(options.runs)} have no rationales in common: score them first."
-        )
+def judge(options: Options) -> Counter:
+    """Let a model compare the rationales of two runs, each pair in both orders; how many questions
+    A won, tied, lost, and of how many a reply could not be read."""
+    rows = two_runs(options.runs)[: options.pairs]
+    if "rationale" not in rows[0][1] or "rationale" not in rows[0][2]:
+        raise UserError("--judge: one of the runs writes no rationales.")
+    text = "Question: {}\n\nExplanation A: {}\n\nExplanation B: {}"
     asked = []
-    for e in both:
-        for order in ((0, 1), (1, 0)):
-            texts = "\n\n".join(
-                f"Explanation {'AB'[n]}: {sides[side][e.id]}" for n, side in enumerate(order)
-            )
-            asked.append(
-                data.Example(
-                    f"{e.id}/{order[0]}", f"Question: {data.question_text(e)}\n\n{texts}", e.label
-                )
-            )
-
-    def chat(e: data.Example) -> data.Chat:
-        return [{"role": "system", "content": VERDICT}, {"role": "user", "content": e.input}]
-
-    identity = hashlib.sha256(
-        json.dumps([options.judge, options.temperature, [chat(e) for e in asked]]).encode()
-    )
-    cache = data.Cache(data.CACHE / "verdicts" / f"{identity.hexdigest()[:16]}.jsonl")
-    replies = data.sampled(cache, asked, 1, options.judge, chat, options)
-    counts = Counter(verdict(replies[f"{e.id}/0", 0], replies[f"{e.id}/1", 0]) for e in both)
-    result = {"A": counts["A"], "tie": counts["tie"], "B": counts["B"]}
-    print(f"A is {options.runs[0]}, B is {options.runs[1]}; {len(both)} questions, both orders")
-    p = sign_test(counts["A"], counts["B"])
-    print(", ".join(f"{k} {v}" for k, v in result.items()), f"(sign test p = {p:.3f})")
-    return result
+    for example, *sides in rows:
+        for a, b in (sides, sides[::-1]):
+            filled = text.format(data.question_text(example), a["rationale"], b["rationale"])
+            asked.append(Example(filled, filled, ""))
+    cache = data.Cache(data.CACHE / "verdicts.jsonl")
+    with told_as("--judge", "--teacher"):
+        replies = data.sampled(cache, asked, 1, options.judge, ask_judge, options)
+    texts = [replies[example.id, 0] for example in asked]
+    counts = Counter(map(verdict, texts[::2], texts[1::2]))
+    print(dict(counts), f"sign test p = {sign_test(counts['A'], counts['B']):.3f}")
+    if counts["not read"] > counts.total() / 10:
+        print("warning: too many replies could not be read: try another --judge.")
+    return counts
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    options = qcrd.parse(Options, __doc__, argv)
+    """Run the command line."""
+    options = Options(**qcrd.parse([Options], __doc__, argv))
+    if min(options.seeds, options.jobs, options.pairs, options.api_concurrency) < 1:
+        raise UserError("--seeds, --jobs, --pairs and --api-concurrency must be at least 1.")
     if options.study:
         studies(options)
-    elif options.judge:
+    elif options.compare:
         compare(options)
-        return
+    elif options.judge:
+        judge(options)
     elif not options.runs:
-        raise UserError("nothing to do: name --runs to score, or a --study.")
-    for run in options.runs:
-        (show if options.show else plot_run if options.plot else score)(run, options)
+        raise UserError("nothing to do: name --runs to score, two to --compare, or a --study.")
+    else:
+        for run in options.runs:
+            (show if options.show else plot_run if options.plot else score)(run, options)
 
 
 if __name__ == "__main__":

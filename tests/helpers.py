@@ -1,8 +1,9 @@
 """Options and random-weight students for the tests."""
 
 import functools
+import json
 import random
-from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,19 +20,22 @@ from transformers import (
 
 import data
 import qcrd
-from qcrd import Discriminator, Models, Options
+from qcrd import Discriminator, Options, Student
 
 
 def make_options(**changes: Any) -> Options:
+    """The options of a method, by default qcrd, for a small student and short rounds."""
     small = {
         "batch_size": 4,
         "lr": 1e-3,
-        "judge_lr": 1e-3,
-        "judge_every": 4,
+        "disc_lr": 1e-3,
+        "disc_every": 4,
         "rounds": 2,
         "round_steps": 2,
+        "precision": "fp32",  # on a GPU too
     }
-    return qcrd.fill_in(Options(**(small | changes)))
+    method = changes.get("method", "qcrd")
+    return Options(**(qcrd.presets(method, "t5") | small | changes))
 
 
 @functools.cache
@@ -51,26 +55,34 @@ IDS = {"decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 1}
 
 
 def a_student(kind: str = "t5") -> Any:
-    """A seq2seq model of one layer each and random weights: t5, flan (gated, untied head), mt5, bart or t5gemma."""
+    """A seq2seq model of one layer each and random weights: t5, flan (gated, untied head), mt5,
+    bart or t5gemma."""
     torch.manual_seed(0)
     size = len(tokenizer())
+    config: dict[str, Any]
     if kind == "bart":
-        # generation settings as published BART models have them: none of them may reach the student's writing
-        model = BartForConditionalGeneration(BartConfig(
-            vocab_size=size, d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
-            decoder_attention_heads=2, encoder_ffn_dim=64, decoder_ffn_dim=64, bos_token_id=1,
-            **(IDS | {"decoder_start_token_id": 1})))  # fmt: skip
-        how = {"num_beams": 4, "no_repeat_ngram_size": 3, "min_length": 20, "forced_bos_token_id": 5, "early_stopping": True}  # fmt: skip
+        shape: dict[str, Any] = {"d_model": 32, "bos_token_id": 1}
+        for half in ("encoder", "decoder"):
+            shape |= {f"{half}_layers": 1, f"{half}_attention_heads": 2, f"{half}_ffn_dim": 64}
+        config = IDS | {"decoder_start_token_id": 1}
+        model = BartForConditionalGeneration(BartConfig(vocab_size=size, **shape, **config))
+        # generation settings as published BART models have them: none may reach the writing
+        how = {"num_beams": 4, "no_repeat_ngram_size": 3, "min_length": 20}
+        how |= {"forced_bos_token_id": 5, "early_stopping": True}
         model.generation_config.update(**how)
         return model
     if kind == "t5gemma":
-        half = {"vocab_size": size, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1,
-                "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "bos_token_id": 1}  # fmt: skip
-        half |= {"eos_token_id": 1, "pad_token_id": 0}
-        return T5GemmaForConditionalGeneration(
-            T5GemmaConfig(encoder=half, decoder=half, vocab_size=size)
-        )
-    config: Any = {"vocab_size": size, "dropout_rate": 0.0} | SHAPE | IDS
+        coder: dict[str, Any] = {
+            "vocab_size": size,
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "head_dim": 16,
+        }
+        coder |= {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
+        coder |= {"bos_token_id": 1, "eos_token_id": 1, "pad_token_id": 0}
+        both = T5GemmaConfig(encoder=coder, decoder=coder, vocab_size=size)
+        return T5GemmaForConditionalGeneration(both)
+    config = {"vocab_size": size, "dropout_rate": 0.0} | SHAPE | IDS
     if kind == "mt5":
         return MT5ForConditionalGeneration(MT5Config(**config))
     if kind == "flan":
@@ -78,13 +90,26 @@ def a_student(kind: str = "t5") -> Any:
     return T5ForConditionalGeneration(T5Config(**config))
 
 
-def small_models(options: Options) -> Models:
-    """A T5 of one layer each, random weights, no dropout, and a discriminator of its own encoder's shape."""
-    student = a_student()
-    encoder = student.get_encoder()
-    judge = None
-    if options.judge != "none":
-        judge = Discriminator(
-            encoder if options.judge == "shared" else deepcopy(encoder), SHAPE["d_model"]
-        )
-    return Models(student, tokenizer(), judge, options)
+def small_student(options: Options, kind: str = "t5") -> Student:
+    """A student of one layer each, random weights, no dropout, as ready as a loaded one."""
+    device = "cpu" if options.device == "auto" else options.device  # where sums are exact
+    student = Student(a_student(kind).to(device).train(), tokenizer(), options)
+    qcrd.try_student(student)
+    return student
+
+
+def small_models(options: Options) -> tuple[Student, Discriminator | None]:
+    """A small T5 student, and a discriminator where the options ask for one."""
+    student = small_student(options)
+    disc = qcrd.make_discriminator(student, options) if options.disc != "none" else None
+    return student, disc
+
+
+def save_student(folder: str | Path, kind: str = "t5", **config: Any) -> str:
+    """A folder that --student can name; `config` overwrites what its config.json says."""
+    a_student(kind).save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    if config:
+        path = Path(folder, "config.json")
+        path.write_text(json.dumps(json.loads(path.read_text()) | config))
+    return str(folder)

@@ -1,23 +1,37 @@
-"""Input from strangers: each bad input, and the sentence that it gets. Exit code 2, one line, no traceback."""
+"""Input from strangers: each bad input, and the sentence that it gets: exit code 2, one line, no
+traceback."""
 
 import io
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 import time
 import zipfile
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import pytest
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import (
+    BartForConditionalGeneration,
+    BertConfig,
+    BertForMaskedLM,
+    EncoderDecoderConfig,
+    EncoderDecoderModel,
+    GPT2Config,
+    GPT2LMHeadModel,
+    SwitchTransformersConfig,
+    SwitchTransformersForConditionalGeneration,
+)
 
 import data
 import qcrd
 from data import UserError
 from tests.conftest import ROOT
-from tests.helpers import a_student, make_options, small_models, tokenizer
+from tests.helpers import a_student, make_options, save_student, tokenizer
 
 OPTIONS = [
     ("--beta nan", "--beta is nan"),
@@ -30,7 +44,7 @@ OPTIONS = [
     ("--batch-size 1.5", "--batch-size"),
     ("--rounds 0", "--rounds is 0"),
     ("--round-steps -1", "--round-steps is -1"),
-    ("--grad-accum 0", "--grad-accum is 0"),
+    ("--micro-batch -1", "--micro-batch is -1"),
     ("--lag -1", "--lag is -1"),
     ("--k 0", "--k is 0"),
     ("--k 9 --teacher SAMPLES", "--k 9"),
@@ -38,8 +52,8 @@ OPTIONS = [
     ("--temperature -1", "--temperature is -1"),
     ("--student-temperature 0", "--student-temperature is 0"),
     ("--toy-errors 1.5", "--toy-errors is 1.5"),
-    ("--judge-every 0", "--judge-every is 0"),
-    ("--judge-lr nan", "--judge-lr is nan"),
+    ("--disc-every 0", "--disc-every is 0"),
+    ("--disc-lr nan", "--disc-lr is nan"),
     ("--max-target 0", "--max-target is 0"),
     ("--train-size 0", "--train-size is 0"),
     ("--train-size 1e9", "--train-size 1e+09"),
@@ -48,12 +62,20 @@ OPTIONS = [
     ("--negatives all", "--negatives"),
     ("--device quantum", "--device quantum"),
     ("--no-such-option 1", "--no-such-option"),
+    ("--bet 0.3", "--bet "),
+    ("--judge none", "--judge is --disc now"),
+    ("--judge=none", "--judge=none is --disc now"),
+    ("--judge-loss paper", "--judge-loss is --disc-loss now"),
+    ("--judge_loss paper", "--judge_loss is --disc-loss now"),
+    ("--judge-lr 1e-4", "--judge-lr is --disc-lr now"),
+    ("--judge-steps 4", "--judge-steps is --disc-steps now"),
+    ("--judge-every 4", "--judge-every is --disc-every now"),
+    ("--grad-accum 4", "--grad-accum is --micro-batch"),
     ("--task nowhere", "--task nowhere"),
     ("--task svamp --data nowhere.zip", "--data nowhere.zip"),
     ("--teacher palm", "--teacher palm"),
     ("--teacher nowhere/at-all", "--teacher nowhere/at-all"),
     ("--student nowhere/at-all", "--student nowhere/at-all"),
-    ("--negatives fixed", "--fixed-student"),
 ]
 
 
@@ -63,8 +85,7 @@ def place(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr(data, "TOY_SIZES", {"train": 12, "valid": 4, "test": 4})
-    small_models(make_options()).student.save_pretrained("student")
-    tokenizer().save_pretrained("student")
+    save_student("student")
     return tmp_path
 
 
@@ -112,12 +133,19 @@ TASK_FILES = [
     (b'{"input": "q", "label": "a", "choices": "a"}\n', '"choices"'),
     (b'{"input": "q", "label": "a", "choices": [1]}\n', '"choices"'),
     (b'{"input": "q", "label": "a", "choices": 5}\n', '"choices"'),
-    (b'{"input": "q", "label": "a", "id": "x"}\n{"input": "r", "label": "a", "id": "x"}\n', "ids must differ"),
+    (
+        b'{"input": "q", "label": "a", "id": "x"}\n{"input": "r", "label": "a", "id": "x"}\n',
+        "ids must differ",
+    ),
     (b'{"input": "q", "label": "a"}\n', "has 1 rows"),
     (b"[" * 100_000 + b"\n", "line 1 is not a JSON object"),
     (b'{"input": "' + b"x" * 10_000_000 + b"\n", "line 1 is not a JSON object"),
     (b'{"input": "q", "label": "a"}\n{"input": "torn', "line 2 is not a JSON object"),
-]  # fmt: skip
+    (b"input,label\nq,a\n", "looks like CSV"),
+    (b'{"question": "q", "answer": "a"}\n', "['question', 'answer']"),
+    (json.dumps({"input": "q", "label": "a", "choices": ["a"] * 27}).encode(), "26 at most"),
+    (b'{"input": "half of a pair: \\ud83d", "label": "a"}\n', "line 1 is not a JSON object"),
+]
 
 
 @pytest.mark.parametrize("number", range(len(TASK_FILES)))
@@ -164,15 +192,39 @@ ZIPS = [
     (b"PK\x03\x04 but no zip", "not a readable zip"),
     (a_zip(datasets__svamp__svamp_train=ROW)[:-30], "not a readable zip"),
     (a_zip(other=b"x"), "has no datasets/svamp/svamp_train.json"),
-    (a_zip(**{"/etc/datasets/svamp/svamp_train.json": ROW, "../../svamp_train.json": ROW}), "has no datasets/svamp"),
+    (
+        a_zip(**{"/etc/datasets/svamp/svamp_train.json": ROW, "../../svamp_train.json": ROW}),
+        "has no datasets/svamp",
+    ),
     (a_zip(**{"datasets/svamp/svamp_train.json": b"0" * (2**30 + 1)}), "over 1 GiB"),
     (a_zip(**{"datasets/svamp/svamp_train.json": b"\xff\n"}), "line 1 is not a JSON object"),
     (a_zip(**{"datasets/svamp/svamp_train.json": b'{"input": "q"}\n'}), "'label'"),
     (a_zip(**{"datasets/svamp/svamp_train.json": ROW}), "has no datasets/svamp/svamp_test.json"),
-    (a_zip(**{"datasets/svamp/svamp_train.json": b"", "datasets/svamp/svamp_test.json": ROW}), "no rows"),
-    (a_zip(**{"datasets/svamp/svamp_train.json": ROW * 50, "datasets/svamp/svamp_test.json": ROW, "datasets/svamp/llm/train_CoT_0.json": b"nope"}), "train_CoT_0.json"),
-    (a_zip(**{"datasets/svamp/svamp_train.json": ROW * 50, "datasets/svamp/svamp_test.json": ROW, "datasets/svamp/llm/train_CoT_0.json": b"5"}), "train_CoT_0.json"),
-]  # fmt: skip
+    (
+        a_zip(**{"datasets/svamp/svamp_train.json": b"", "datasets/svamp/svamp_test.json": ROW}),
+        "no rows",
+    ),
+    (
+        a_zip(
+            **{
+                "datasets/svamp/svamp_train.json": ROW * 50,
+                "datasets/svamp/svamp_test.json": ROW,
+                "datasets/svamp/llm/train_CoT_0.json": b"nope",
+            }
+        ),
+        "train_CoT_0.json",
+    ),
+    (
+        a_zip(
+            **{
+                "datasets/svamp/svamp_train.json": ROW * 50,
+                "datasets/svamp/svamp_test.json": ROW,
+                "datasets/svamp/llm/train_CoT_0.json": b"5",
+            }
+        ),
+        "train_CoT_0.json",
+    ),
+]
 
 
 @pytest.mark.parametrize("number", range(len(ZIPS)))
@@ -193,20 +245,21 @@ def test_a_corrupt_member_is_one_sentence(place, capfd):
 
 
 def no_tokenizer() -> None:
-    small_models(make_options()).student.save_pretrained("bad")
+    a_student().save_pretrained("bad")
 
 
 def wrong_tokenizer() -> None:
-    no_tokenizer()
-    config = json.loads(Path("bad/config.json").read_text())
-    tokenizer().save_pretrained("bad")
-    Path("bad/config.json").write_text(json.dumps(config | {"vocab_size": 100}))
+    save_student("bad", vocab_size=100)
 
 
 def decoder_only() -> None:
-    GPT2LMHeadModel(GPT2Config(vocab_size=400, n_embd=32, n_layer=1, n_head=2)).save_pretrained(
-        "bad"
-    )
+    config = GPT2Config(vocab_size=400, n_embd=32, n_layer=1, n_head=2)
+    GPT2LMHeadModel(config).save_pretrained("bad")
+    tokenizer().save_pretrained("bad")
+
+
+def encoder_only() -> None:
+    BertForMaskedLM(bert()).save_pretrained("bad")
     tokenizer().save_pretrained("bad")
 
 
@@ -214,22 +267,31 @@ def empty() -> None:
     Path("bad").mkdir()
 
 
+def no_config() -> None:
+    save_student("bad")
+    Path("bad/config.json").write_text("{}")
+
+
 def broken_weights() -> None:
-    no_tokenizer()
-    tokenizer().save_pretrained("bad")
+    save_student("bad")
     Path("bad/model.safetensors").write_bytes(b"not weights")
+
+
+def cut_weights() -> None:
+    save_student("bad")
+    content = Path("bad/model.safetensors").read_bytes()
+    Path("bad/model.safetensors").write_bytes(content[: len(content) // 2])
+
+
+def no_weights() -> None:
+    save_student("bad")
+    Path("bad/model.safetensors").unlink()
 
 
 def own_code() -> None:
     Path("bad").mkdir()
-    Path("bad/config.json").write_text(
-        json.dumps(
-            {
-                "model_type": "mine",
-                "auto_map": {"AutoModelForSeq2SeqLM": "mine.Model", "AutoConfig": "mine.Config"},
-            }
-        )
-    )
+    code = {"AutoModelForSeq2SeqLM": "mine.Model", "AutoConfig": "mine.Config"}
+    Path("bad/config.json").write_text(json.dumps({"model_type": "mine", "auto_map": code}))
     Path("bad/mine.py").write_text("raise SystemExit('this code must not run')")
 
 
@@ -240,19 +302,143 @@ def too_many_tokens() -> None:
     tokenizer().save_pretrained("bad")
 
 
-@pytest.mark.parametrize(
-    "make",
-    [no_tokenizer, wrong_tokenizer, decoder_only, empty, broken_weights, own_code, too_many_tokens],
-)
-def test_bad_model_folders(place, capfd, make):
+def no_decoder_start() -> None:
+    save_student("bad", decoder_start_token_id=None)
+
+
+def bert(**changes: Any) -> BertConfig:
+    shape = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    shape |= {"intermediate_size": 64, "max_position_embeddings": 64}
+    return BertConfig(vocab_size=len(tokenizer()), **(shape | changes))
+
+
+def save_bert_to_bert(**ids: int) -> None:
+    """Two BERTs of 64 positions, joined as published models of the kind are."""
+    decoder = bert(is_decoder=True, add_cross_attention=True)
+    config = EncoderDecoderConfig.from_encoder_decoder_configs(bert(), decoder)
+    for name, value in ids.items():
+        setattr(config, name, value)
+    model = EncoderDecoderModel(config=config)
+    model.save_pretrained("bad")
+    tokenizer().save_pretrained("bad")
+
+
+def bert_to_bert() -> None:
+    save_bert_to_bert()
+
+
+BAD_STUDENTS = [no_tokenizer, wrong_tokenizer, decoder_only, encoder_only, empty, no_config]
+BAD_STUDENTS += [broken_weights, cut_weights, no_weights, own_code, too_many_tokens]
+BAD_STUDENTS += [no_decoder_start, bert_to_bert]
+
+
+@pytest.mark.parametrize("make", BAD_STUDENTS)
+def test_a_student_that_cannot_be_trained_is_refused_before_a_teacher_is_paid(
+    place, capfd, monkeypatch, make
+):
     make()
+    asked: list[Any] = []
+    monkeypatch.setattr(data, "collect", lambda *how: asked.append(how))
     assert "--student bad" in refusal(capfd, "--student", "bad")
+    assert asked == [] and not Path("run/config.json").exists()
+
+
+def save_switch() -> None:
+    shape = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_heads": 4, "num_layers": 2}
+    shape |= {"num_decoder_layers": 2, "num_sparse_encoder_layers": 1}
+    shape |= {"num_sparse_decoder_layers": 1, "num_experts": 2, "vocab_size": len(tokenizer())}
+    ids = {"decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 1}
+    SwitchTransformersForConditionalGeneration(
+        SwitchTransformersConfig(**shape, **ids)
+    ).save_pretrained("bad")
+    tokenizer().save_pretrained("bad")
+
+
+def save_bert_to_bert_that_starts() -> None:
+    save_bert_to_bert(decoder_start_token_id=0, pad_token_id=0, eos_token_id=1)
+
+
+def save_without_pad_token() -> None:
+    save_student("bad")
+    path = Path("bad/tokenizer_config.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"pad_token": None}))
+
+
+def save_without_pad_token_in_the_model() -> None:
+    save_student("bad", pad_token_id=None)
+
+
+UNUSUAL = [save_switch, save_bert_to_bert_that_starts, save_without_pad_token]
+UNUSUAL += [save_without_pad_token_in_the_model]
+SHORT_RUN = "--rounds 1 --round-steps 1 --disc-steps 1 --batch-size 4 --max-target 8"
+SHORT = SHORT_RUN.split()
+
+
+@pytest.mark.parametrize("save", UNUSUAL)
+@pytest.mark.parametrize("long", [False, True])
+def test_an_unusual_student_works_or_is_one_sentence(place, save, long):
+    """Never a traceback, also where a question is longer than the student's positions."""
+    save()
+    rows = [row | {"rationale": "It is so."} for row in GOOD]
+    if long:
+        rows = [row | {"input": row["input"] + " Anna had 2 apples." * 40} for row in rows]
+    Path("task.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = ["--student", "bad", "--task", "task.jsonl", "--out", "run", *SHORT]
+    try:
+        assert qcrd.main(command)["accuracy"] >= 0
+    except UserError as error:
+        assert "--student bad" in str(error) and "\n" not in str(error)
+
+
+def test_a_student_of_few_positions_reads_so_many_tokens_and_says_so(place, capfd):
+    config = a_student("bart").config
+    config.max_position_embeddings = 64
+    BartForConditionalGeneration(config).save_pretrained("bart")
+    tokenizer().save_pretrained("bart")
+    rows = [row | {"input": row["input"] + " Anna had 2 apples." * 40} for row in GOOD]
+    rows = [row | {"rationale": "It is so. " * 40} for row in rows]
+    Path("task.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = ["--student", "bart", "--task", "task.jsonl", "--out", "run", *SHORT]
+    qcrd.main([*command, "--max-target", "200"])
+    lines = capfd.readouterr().out.splitlines()
+    told = [line for line in lines if "64 tokens" in line]
+    assert len(told) == 1 and "--student bart" in told[0] and "--max-input" in told[0]
+    assert any("9 of 9 texts are longer than --max-input" in line for line in lines)
 
 
 def test_a_student_that_reads_less_than_max_input_names_the_option(place, capfd):
-    a_student("bart").save_pretrained("bart")
-    tokenizer().save_pretrained("bart")
-    assert "--max-input 1024" in refusal(capfd, "--student", "bart", "--max-input", "2000")
+    save_student("bart", "bart")
+    options = make_options(student="bart", max_input=2000, max_target=256)
+    student = qcrd.load_student("bart", options)
+    assert (student.max_input, student.max_target) == (1024, 256)
+    assert "--max-input" in capfd.readouterr().out
+
+
+STRANGE = "Wherefore zebras? Quickly, xylophones jump! %% {} ~ #"
+
+
+@pytest.mark.parametrize("name", ["tiny", "student"])
+def test_a_task_that_the_student_cannot_read_is_refused_for_tiny_and_told_for_another(
+    place, capfd, monkeypatch, name
+):
+    monkeypatch.setattr(data, "tiny_student", lambda: Path("student"))
+    rows = [row | {"input": f"{STRANGE} {row['input']}", "rationale": "So."} for row in GOOD]
+    Path("task.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    if name == "tiny":
+        sentence = refusal(capfd, "--student", "tiny", "--task", "task.jsonl")
+        assert "--student tiny" in sentence and "--student t5-small" in sentence
+    else:
+        command = ["--student", name, "--task", "task.jsonl", "--out", "run", *SHORT]
+        assert qcrd.main(command)["accuracy"] >= 0
+        lines = capfd.readouterr().out.splitlines()
+        told = [line for line in lines if line.startswith("warning: ") and "does not know" in line]
+        assert told and "--student student" in told[0]
+
+
+def test_tiny_knows_its_own_task(place, capfd, monkeypatch):
+    monkeypatch.setattr(data, "tiny_student", lambda: Path("student"))
+    qcrd.main(["--out", "run", *SHORT])
+    assert "does not know" not in capfd.readouterr().out
 
 
 def test_a_read_only_place_is_one_sentence(place, capfd):
@@ -275,6 +461,14 @@ def test_from_the_shell_a_bad_input_is_one_line_and_exit_code_2(tmp_path):
     )
 
 
+def test_negatives_of_a_fixed_student_need_its_run_also_beside_a_folder_called_student(
+    place, capfd
+):
+    assert Path("student").is_dir()
+    for more in ([], ["--fixed-student", ""], ["--fixed-student", "nowhere"]):
+        assert "--fixed-student" in refusal(capfd, "--negatives", "fixed", *more, *SHORT)
+
+
 def test_both_parsers_survive_anything():
     """A seeded fuzz of both parsers: pieces that mean something to them, shuffled, and any characters at all."""
     rng, count = random.Random(0), int(os.environ.get("QCRD_FUZZ", "5000"))
@@ -290,14 +484,30 @@ def test_both_parsers_survive_anything():
             rationale, answer = data.parse_output(task, example, text)
             assert isinstance(rationale, str) and (answer is None or isinstance(answer, str))
             assert answer is None or not example.choices or answer in example.choices
-    for text in [
-        "(" * 10_000,
-        "-" * 10_000,
-        "1+" * 10_000,
-        "Answer:" * 5_000,
-        "1 " * 10_000,
-        "(a) " * 10_000,
-    ]:
+    pieces = [
+        "(",
+        "-",
+        "1+",
+        "Answer:",
+        "1_",
+        "(a)_",
+        "\n",
+        "_",
+        "```\n",
+        "0",
+        "<",
+        "[",
+        "{",
+        "$=",
+        "**",
+        "correct_",
+        "so_",
+        "not_a_",
+        "\\n",
+        "1_a_",
+    ]
+    for piece in pieces:
+        text = piece.replace("_", " ") * (20_000 // len(piece))
         started = time.process_time()
         for task, example in examples:
             data.parse_output(task, example, text)
@@ -305,17 +515,61 @@ def test_both_parsers_survive_anything():
         assert time.process_time() - started < 2, text[:10]
 
 
-def test_help_tells_each_option_and_its_default(capsys):
-    with pytest.raises(SystemExit):
-        qcrd.main(["--help"])
-    text = capsys.readouterr().out
-    assert max(map(len, text.split("\n"))) <= 120
-    for part in (
-        "--seed",
-        "(default 0)",
-        "--delta",
-        "(default 3; tiny 1)",
-        "--lr",
-        "(default 5e-5; tiny 3e-3)",
-    ):
-        assert part in text
+def the_help(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    with pytest.raises(SystemExit) as stop:
+        qcrd.main([*argv, "--help"])
+    assert stop.value.code == 0
+    return capsys.readouterr().out
+
+
+def of_option(text: str, name: str) -> str:
+    """What the help says of one option."""
+    entry = rf"^  (?:--\S+ .*, )?{name}[ ,](.*?)(?=^  -|^\S|\Z)"
+    found = re.search(entry, text, re.MULTILINE | re.DOTALL)
+    assert found, name
+    return " ".join(found[1].split())
+
+
+def test_help_tells_the_defaults_that_hold_for_this_student_and_method(capsys):
+    tiny = the_help(capsys)
+    assert "(default: 0.003)" in of_option(tiny, "--lr")
+    assert "(default: 1.0)" in of_option(tiny, "--delta")
+    assert "(default: own)" in of_option(tiny, "--disc")
+    assert "(default: 0)" in of_option(tiny, "--seed")
+    t5 = the_help(capsys, "--student", "t5-small")
+    assert "(default: 5e-05)" in of_option(t5, "--lr")
+    assert "(default: 3.0)" in of_option(t5, "--delta")
+    dss = the_help(capsys, "--method=dss")
+    assert "(default: none)" in of_option(dss, "--disc")
+    assert "(default: one)" in of_option(dss, "--positives")
+
+
+def test_help_has_a_line_for_every_option_in_groups_at_most_100_wide(capsys):
+    text = the_help(capsys)
+    assert max(map(len, text.splitlines())) <= 100
+    places = [text.index(title) for title in ("the task and its teacher:", "the method:")]
+    places.append(text.index("the student and its training:"))
+    assert places == sorted(places)
+    for option in fields(qcrd.Options):
+        assert len(of_option(text, qcrd.flag(option.name))) > 20, option.name
+    assert len(text.splitlines()[0]) < 100 and "usage: " in text.splitlines()[0]
+
+
+def test_an_option_set_by_hand_wins_over_the_preset_of_method_and_student():
+    preset = qcrd.parse_options(["--method", "dss"])
+    assert (preset.disc, preset.lr, preset.alpha1, preset.rounds) == ("none", 3e-3, 0.5, 10)
+    by_hand = ["--method", "dss", "--disc", "own", "--lr", "0.01", "--rounds", "2"]
+    options = qcrd.parse_options(by_hand)
+    assert (options.disc, options.lr, options.rounds) == ("own", 0.01, 2)
+    plain = qcrd.parse_options(["--student", "t5-small"])
+    assert plain == qcrd.Options(student="t5-small")
+    assert (plain.lr, plain.rounds, plain.batch_size, plain.delta) == (5e-5, 20, 64, 3.0)
+
+
+@pytest.mark.parametrize("judge", ["--judge", "--grad-accum"])
+def test_a_renamed_option_ends_with_exit_code_2_and_its_new_name(judge, capsys):
+    with pytest.raises(SystemExit) as stop:
+        qcrd.main([judge, "1"])
+    assert stop.value.code == 2
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert {"--judge": "--disc now", "--grad-accum": "--micro-batch"}[judge] in last

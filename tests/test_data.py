@@ -9,6 +9,7 @@ import pytest
 
 import data
 from data import TASKS, Example, Sample, UserError, equation_value, parse_output
+from tests.conftest import ROOT
 from tests.helpers import make_options
 
 
@@ -208,6 +209,235 @@ def test_choices_as_models_name_them(example, output, answer):
     task = TASKS["cqa" if example is LETTERS else "anli"]
     rationale, found = parse_output(task, example, output)
     assert found == answer and not data.MARKER.search(rationale)
+
+
+MONEY = Example(
+    "m", "?", "bank", ("library", "department store", "bank", "doctor's office", "new york")
+)
+NUMBERS_READ = {
+    "the last number, where there is no marker": [
+        ("She had 9.\n\nThen 9 - 4 = 5.\n\nTherefore she has 5 eggs left.", 5),
+        ("Step 1: 6 boxes hold 4 each.\nStep 2: 6 * 4 = 24", 24),
+    ],
+    "a line that introduces the answer": [
+        ("The answer is given below.\n7", 7),
+        ("Answer:\n\n7", 7),
+        ("The answer is:\n- 3 + 4 = 7", 7),
+        ("Final answer:\n\\[\n\\boxed{7}\n\\]", 7),
+    ],
+    "separators of thousands": [
+        ("Answer: 1,200,000", 1_200_000),
+        ("Answer: 12 000 apples", 12_000),
+        ("Answer: 1\u00a0200", 1200),
+        ("Answer: 1\u2019200", 1200),
+        ("Answer: 1 200 + 300 = 1 500", 1500),
+        ("$\\boxed{12{,}500}$", 12_500),
+        ("\\boxed{1\\,200}", 1200),
+        ("Answer: $ 236,000.50", 236_000.5),
+    ],
+    "decimals without a zero": [("Answer: .25", 0.25), ("Answer: 1 - .5", 0.5), ("It costs $.75. Answer: $.75", 0.75)],
+    "units": [
+        ("Answer: 12 cookies / 4 children = 3 cookies each", 3),
+        ("Answer: 10 dollars - 3 dollars", 7),
+        ("Answer: 3 boxes x 4 apples = 12 apples", 12),
+        ("Answer: 60 km/h * 2 h = 120 km", 120),
+        ("Answer: (2 apples + 3 apples) * 2 = 10 apples", 10),
+        ("Answer: 5\u20ac + 3\u20ac = 8\u20ac", 8),
+    ],
+    "leading zeros": [("Answer: 007", 7), ("Answer: 05 + 02", 7), ("Answer: 0", 0)],
+    "words": [
+        ("Answer: seven", 7),
+        ("The answer is Twelve apples.", 12),
+        ("Answer: one of them", None),
+        ("Answer: two hundred", None),
+    ],
+    "ranges": [
+        ("Answer: 3 to 4", None),
+        ("Answer: 3\u20134 apples", None),
+        ("Answer: 3-4 apples", None),
+        ("Answer: between 3 and 4", None),
+        ("Answer: 8 \u2013 3", 5),
+    ],
+    "fullwidth signs": [
+        ("Answer: \uff17", 7),
+        ("\u7b54\u6848\uff1a\uff17", 7),
+        ("Answer\uff1a\uff08\uff13\uff0b\uff14\uff09", 7),
+    ],
+    "a number that is denied": [("The answer is not 5 but 7.", 7)],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", NUMBERS_READ)
+def test_numbers_are_read(kind):
+    for output, value in NUMBERS_READ[kind]:
+        _, answer = parse_output(TASKS["svamp"], Example("s", "?", "7"), output)
+        assert TASKS["svamp"].key(answer) == value, output
+
+
+CHOICES_READ = {
+    "a line that introduces the answer": [
+        ("The correct answer is:\n\n(c) bank", "bank"),
+        ("Answer: Let me think.\nIt is (c) bank.", "bank"),
+    ],
+    "typed signs": [
+        ("The answer is \u201cdoctor\u2019s office\u201d.", "doctor's office"),
+        ("Answer\uff1a\uff23", "bank"),
+        ("\u7b54\u6848\u662f\uff08C\uff09\u3002", "bank"),
+        ("Answer: \uff42\uff41\uff4e\uff4b", "bank"),
+    ],
+    "a letter with a reason": [
+        ("Answer: C, since it keeps money", "bank"),
+        ("Answer: C \u2013 a bank, not a library", "bank"),
+        ("Answer: C which keeps money", "bank"),
+        ("The answer is A because it lends books.", "library"),
+        ("The answer is a bank because it keeps money, unlike a library.", "bank"),
+    ],
+    "a letter in other phrases": [
+        ("My answer is C", "bank"),
+        ("Correct option: C", "bank"),
+        ("The answer is clearly C.", "bank"),
+        ("The answer is most likely C", "bank"),
+        ("The answer must be (c).", "bank"),
+        ("The answer must be a place. I would go with option C.", "bank"),
+        ("So it is (c) because it keeps money.", "bank"),
+        ("The answer is (z) zoo.", None),
+    ],
+    "a choice that is denied": [
+        ("The answer is not (a) but (c).", "bank"),
+        ("The answer is not library but bank.", "bank"),
+    ],
+}
+LABELS_READ = {
+    "denied by a verb": [
+        ("The hypothesis can't be an entailment. It is neutral.", "neutral"),
+        ("It doesn\u2019t entail the hypothesis, it contradicts it.", "contradiction"),
+        ("The premise never contradicts the hypothesis; neutral.", "neutral"),
+        ("The premise neither entails the hypothesis nor contradicts it, so neutral.", "neutral"),
+    ],
+    "denied by another word": [
+        ("There is no contradiction here; it is neutral.", "neutral"),
+        ("Rather than a contradiction, this is neutral.", "neutral"),
+        ("It is a contradiction, not an entailment.", "contradiction"),
+        ("That would not be enough to entail the hypothesis. It is neutral.", "neutral"),
+    ],
+    "denied, and nothing else is named": [
+        ("Answer: not entailment", None),
+        ("Answer: non-contradiction", None),
+    ],
+    "another word is denied": [
+        ("The premise does not mention it, so it is neutral.", "neutral"),
+        ("It is not stated so it is neutral.", "neutral"),
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    ("task", "example", "kinds"), [("cqa", MONEY, CHOICES_READ), ("anli", NLI, LABELS_READ)]
+)
+def test_choices_are_read(task, example, kinds):
+    for kind, cases in kinds.items():
+        for output, choice in cases:
+            assert parse_output(TASKS[task], example, output)[1] == choice, (kind, output)
+
+
+WHOLE = "<Explanation>: 3 and 4 make 7.\n<Answer>: 7"
+RATIONALES_READ = {
+    "a phrase inside the rationale is no marker": [
+        ("We need to know what the answer is. 3 and 4 make 7.\nAnswer: 7", "We need to know what the answer is. 3 and 4 make 7."),
+        ("The answer is found by adding 3 and 4.\nAnswer: 7", "The answer is found by adding 3 and 4."),
+        ("The answer is not obvious, so add.\n<Answer>: 7", "The answer is not obvious, so add."),
+        ("<Explanation>: answer : 3 and 4 .\n<Answer>: 7", "answer : 3 and 4 ."),
+    ],
+    "the answer stands first": [
+        ("**Answer:** 7\n\n**Explanation:** Three and four.", "Three and four."),
+        ("The answer is 7.\n\nRationale: Three and four.", "Three and four."),
+        ("### Answer\n7\n### Explanation\nThree and four.", "Three and four."),
+        ("7\nReasoning: Three and four make it.", "Three and four make it."),
+    ],
+    "no word of the marker stays": [
+        ("Add 3 and 4. So, the final answer: 7", "Add 3 and 4."),
+        ("Add 3 and 4. My final answer is 7.", "Add 3 and 4."),
+        ("Add 3 and 4.\n**Final Answer**: 7", "Add 3 and 4."),
+        ("Add 3 and 4.\n### Final Answer\n7", "Add 3 and 4."),
+        ("Add 3 and 4. The best choice: 7", "Add 3 and 4."),
+    ],
+    "the question restated": [
+        ("Q: Anna had 3 and got 4?\nA: 3 and 4 make 7. The answer is 7.", "3 and 4 make 7."),
+        (f"Here is my answer:\n\nQuestion: Anna had 3.\nHow many?\n\n{WHOLE}", "3 and 4 make 7."),
+        (f"**Question:** Anna had 3 and got 4?\n\n{WHOLE}\n\nQuestion: Ben had 5?\n<Explanation>: No.\n<Answer>: 5", "3 and 4 make 7."),
+        ("3 and 4 make 7.\n\nQuestion: Ben had 5?\n<Explanation>: 5.\n<Answer>: 5", "3 and 4 make 7."),
+    ],
+    "thoughts": [
+        ("<think>" + "so " * 50_000 + f"The answer is 5.</think>\n{WHOLE}", "3 and 4 make 7."),
+        (f"<thinking>Maybe 5? Answer: 5</thinking>\n{WHOLE}", "3 and 4 make 7."),
+        (f"<thought>Maybe 5? Answer: 5</thought>{WHOLE}", "3 and 4 make 7."),
+        (f"[THINK]Maybe 5?[/THINK]{WHOLE}", "3 and 4 make 7."),
+        (f"<|begin_of_thought|>Maybe 5?<|end_of_thought|>{WHOLE}", "3 and 4 make 7."),
+        (f"<|channel|>analysis<|message|>5?<|end|><|start|>assistant<|channel|>final<|message|>{WHOLE}", "3 and 4 make 7."),
+    ],
+    "JSON and code fences": [
+        ('{"answer": 7, "explanation": "3 and 4 make 7."}', "3 and 4 make 7."),
+        ('[{"reasoning": "3 and 4 make 7.", "final_answer": "7"}]', "3 and 4 make 7."),
+        ('```json\n{\n  "Explanation": "He said \\"7\\".\\nSo 7.",\n  "Answer": 7\n}\n```\nWell?', 'He said "7".\nSo 7.'),
+        ("{'explanation': '3 and 4 make 7.', 'answer': 7}", "3 and 4 make 7."),
+        ('{"explanation": "3 and 4 make 7.", "answer": 7', "3 and 4 make 7."),
+        (f"```\n{WHOLE}\n```", "3 and 4 make 7."),
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", RATIONALES_READ)
+def test_rationales_are_read(kind):
+    for output, rationale in RATIONALES_READ[kind]:
+        found, answer = parse_output(TASKS["svamp"], Example("s", "?", "7"), output)
+        assert (found, TASKS["svamp"].key(answer)) == (rationale, 7), output
+
+
+def test_a_thought_that_never_ends_is_no_answer():
+    for output in ("<thinking>Maybe 5? The answer is 5.", "<think>" + "so " * 50_000 + "Answer: 5"):
+        assert parse_output(TASKS["svamp"], Example("s", "?", "7"), output) == ("", None)
+
+
+def test_an_answer_in_words_keeps_its_own_full_stops():
+    task, example = data.Task("own"), Example("x", "?", "U.S.")
+    for output in ("It is far. The answer is U.S.", "It is far.\nAnswer: as follows:\n\nU.S."):
+        assert parse_output(task, example, output) == ("It is far.", "U.S.")
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1,200", 1200),
+        ("1 200", 1200),
+        ("1\u00a0200", 1200),
+        ("$5", 5),
+        ("5%", 5),
+        ("\u22125", -5),
+        ("05", 5),
+        (".5", 0.5),
+        ("\uff15", 5),
+        ("1.05", 1.05),
+        ("100,000 + 10", 100_010),
+    ],
+)
+def test_numbers_as_people_write_them_have_values(text, value):
+    assert equation_value(data.bare_number(text)) == value
+
+
+def test_outputs_gathered_by_others_are_read():
+    path = ROOT.parent / "shared" / "cases" / "outputs.jsonl"
+    if not path.is_file():
+        pytest.skip("there is no ../shared/cases/outputs.jsonl beside the checkout")
+    for line in path.read_text(encoding="utf-8").splitlines():
+        case = json.loads(line)
+        task = TASKS[case["task"]]
+        example = Example("c", "?", "?", tuple(case.get("choices", ())))
+        rationale, answer = parse_output(task, example, case["output"])
+        if "value" in case:
+            assert task.key(answer) == case["value"], case
+        else:
+            assert answer == case["answer"], case
+        assert rationale == case.get("rationale", rationale), case
 
 
 def test_a_task_of_ones_own_with_numbers_as_labels_compares_by_value(tmp_path):

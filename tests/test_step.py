@@ -1,170 +1,320 @@
-"""One training step: the fast path against the obvious one, and who gets a gradient from what."""
+"""One training step: the fast path against the obvious one, who gets a gradient from what, and
+what happens where memory runs out."""
 
+import functools
 import random
+from copy import deepcopy
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 
 import data
 import qcrd
+from data import UserError
 from qcrd import (
     SCHEMES,
-    Models,
+    Discriminator,
+    Options,
     Question,
+    SelfNegatives,
+    Student,
     choose,
     contrastive_loss,
-    discriminator_loss,
+    disc_gradients,
+    mutual_information_loss,
+    quality_weights,
+    shares,
     student_losses,
-    weigh,
 )
-from tests.helpers import a_student, make_options, small_models, tokenizer
+from tests.helpers import make_options, small_models, small_student
+
+EVERY_SCHEME = ["minmax", "maxmin", "sampling", "mean", "wmean"]
 
 
-def a_batch(seed: int = 0) -> tuple[list[Question], qcrd.Drawn]:
-    """Questions with 0 to 3 positives and 0 to 2 teacher negatives, and student negatives for some of them."""
+def a_batch(seed: int = 0) -> tuple[list[Question], SelfNegatives]:
+    """Six questions with 0 to 3 positives and 0 to 2 teacher negatives, and student negatives for
+    some of them."""
+    return deepcopy(make_batch(seed))
+
+
+@functools.cache
+def make_batch(seed: int) -> tuple[list[Question], SelfNegatives]:
     rng = random.Random(seed)
     questions: list[Question] = []
-    drawn: qcrd.Drawn = {}
-    for i in range(6):
+    self_negatives: SelfNegatives = {}
+    for i, (pos, neg) in enumerate([(0, 2), (1, 0), (2, 1), (3, 2), (3, 0), (1, 1)]):
         story = data.random_story(rng, rng.choice(data.EVENTS))
-        example = data.Example(
-            f"q{i}", story.input(), data.equation(story.start, story.changes()), story=story
-        )
-        texts = list(
-            dict.fromkeys(
-                data.parse_output(data.TASKS["toy"], example, data.think(rng, story, 0.5))[0]
-                for _ in range(8)
-            )
-        )
-        pos, neg = [0, 1, 2, 3, 3, 1][i], [2, 0, 1, 2, 0, 1][i]
-        questions.append(Question(example, example.label, texts[:pos], texts[pos : pos + neg]))
+        label = data.equation(story.start, story.changes())
+        example = data.Example(f"q{i}", story.input(), label, story=story)
+        texts: list[str] = []
+        while len(texts) < 6:
+            text, _ = data.parse_output(data.TASKS["toy"], example, data.think(rng, story, 0.5))
+            texts = qcrd.distinct([*texts, text])
+        questions.append(Question(example, label, texts[:pos], texts[pos : pos + neg]))
         if i % 2:
-            drawn[example.id] = [texts[-1] + " extra"]
-    return questions, drawn
+            self_negatives[example.id] = texts[-1] + " extra"
+    return questions, self_negatives
 
 
-def slow_nll(models: Models, prefix: str, question: str, target: str) -> torch.Tensor:
-    """One sequence through the whole model, as transformers computes its loss."""
-    x = models.tokenizer(f"{prefix} {question}", return_tensors="pt").input_ids
-    y = models.tokenizer(target, return_tensors="pt").input_ids
-    return models.student(input_ids=x, labels=y).loss
+def slow_logits(student: Student, text: str, target: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits and loss of one target for one input, as transformers computes them."""
+    x = student.tokenizer(text, return_tensors="pt").input_ids.to(student.device)
+    y = student.tokenizer(target, return_tensors="pt").input_ids.to(student.device)
+    output = student.model(input_ids=x, labels=y)
+    return output.logits[0], output.loss
 
 
-def slow_l_cl(models: Models, batch: list[Question], drawn: qcrd.Drawn) -> tuple[torch.Tensor, ...]:
-    """Every rationale with gradients, one call each, D on all of them, and one row a question."""
-    o, terms = models.options, []
-    for q in batch:
-        texts = q.positives + q.negatives + drawn.get(q.example.id, [])
-        l = torch.zeros(1, max(1, len(texts)))
-        score = torch.full_like(l, 0.5)
-        for j, text in enumerate(texts):
-            l = l.index_put(
-                (torch.tensor([0]), torch.tensor([j])),
-                slow_nll(models, "explain:", q.example.input, text),
-            )
-            if models.judge:
-                pair = models.tokenizer(q.example.input, text, return_tensors="pt")
-                score[0, j] = models.judge(pair.input_ids, pair.attention_mask).detach()
-        column = torch.arange(l.shape[1])[None]
-        is_pos = column < len(q.positives)
-        is_neg = (column < len(texts)) & ~is_pos
-        pos_pick, neg_pick = SCHEMES[o.scheme]
-        pos, neg = choose(l, is_pos, pos_pick, score), choose(l, is_neg, neg_pick, 1 - score)
-        weight = (
-            torch.where(is_pos, score, 1 - score) if models.judge and o.scheme != "wmean" else None
-        )
-        terms.append(contrastive_loss(l, pos, neg, weight, o.beta, o.delta))
-    return tuple(torch.stack(list(term)).mean() for term in zip(*terms, strict=True))
+def slow_nll(student: Student, text: str, target: str) -> torch.Tensor:
+    return slow_logits(student, text, target)[1]
 
 
-def gradients(models: Models, loss: torch.Tensor) -> dict[str, torch.Tensor]:
-    models.student.zero_grad()
+def slow_score(student: Student, disc: Discriminator, question: str, text: str) -> float:
+    pair = student.tokenizer(question, text, return_tensors="pt").to(student.device)
+    return disc(pair.input_ids, pair.attention_mask).item()
+
+
+def slow_losses(
+    student: Student,
+    disc: Discriminator | None,
+    questions: list[Question],
+    self_negatives: SelfNegatives,
+    options: Options,
+) -> dict[str, torch.Tensor]:
+    """The obvious way: every rationale with gradients, one call each, and D on all of them."""
+    l, share, score, is_pos, L_pred, L_mi = [], [], [], [], [], []
+    for q in questions:
+        predict, explain = f"predict: {q.example.input}", f"explain: {q.example.input}"
+        logits, loss = slow_logits(student, predict, q.label)
+        L_pred.append(loss)
+        if q.positives:
+            p_explain = slow_logits(student, explain, q.positives[0])[0].softmax(1).amax(0)
+            p_predict = logits.softmax(1).amax(0)
+            L_mi.append(mutual_information_loss(p_predict[None], p_explain[None])[0])
+        bad = [*q.negatives, *(self_negatives[i] for i in [q.example.id] if i in self_negatives)]
+        for side, texts in enumerate((q.positives, bad)):
+            own_l = [slow_nll(student, explain, text) for text in texts]
+            s = [slow_score(student, disc, q.example.input, t) if disc else 0.5 for t in texts]
+            pick = SCHEMES[options.scheme][side]
+            quality = [1 - x for x in s] if side else s
+            if texts:
+                share += shares([x.item() for x in own_l], pick, quality)
+            l, score, is_pos = l + own_l, score + s, is_pos + [side == 0] * len(texts)
+    weight, positive = torch.tensor(share), torch.tensor(is_pos)
+    if disc and options.scheme != "wmean":
+        weight = quality_weights(weight, torch.tensor(score), positive, options.quality)
+    n, margins = len(questions), (options.beta, options.delta)
+    weight, positive = weight.to(student.device), positive.to(student.device)
+    L_cl, L_pos, L_neg = contrastive_loss(torch.stack(l), weight, positive, n, *margins)
+    L_pred_mean, L_mi_mean = torch.stack(L_pred).mean(), torch.stack(L_mi).sum() / n
+    return {"L_pred": L_pred_mean, "L_cl": L_cl, "L_pos": L_pos, "L_neg": L_neg, "L_mi": L_mi_mean}
+
+
+@functools.cache
+def negatives_l() -> list[list[float]]:
+    """l of the negatives of each question of `a_batch` under the small student."""
+    student = small_student(make_options())
+    questions, self_negatives = a_batch()
+    found: list[list[float]] = [[] for _ in questions]
+    for r in qcrd.rationales_of(questions, self_negatives):
+        if not r.is_pos:
+            text = f"explain: {questions[r.row].example.input}"
+            found[r.row].append(slow_nll(student, text, r.text).item())
+    return found
+
+
+def amid() -> float:
+    """A margin that the least likely negative of two questions of `a_batch` stays below, and of
+    three does not."""
+    largest = sorted(max(of_question) for of_question in negatives_l() if of_question)
+    return (largest[1] + largest[2]) / 2
+
+
+def gradients(model: torch.nn.Module, loss: torch.Tensor) -> dict[str, torch.Tensor]:
+    model.zero_grad()
     loss.backward()
-    return {n: p.grad.clone() for n, p in models.student.named_parameters() if p.grad is not None}
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("scheme", ["minmax", "maxmin", "mean", "wmean"])
-@pytest.mark.parametrize("judge", ["own", "none"])
-@pytest.mark.parametrize(
-    "delta", [3.0, 5.6]
-)  # random weights give about 5.8 nats a token: all beyond, and some below
-def test_two_passes_give_the_loss_and_gradient_of_all_rationales_at_once(scheme, judge, delta):
-    models = small_models(make_options(scheme=scheme, judge=judge, delta=delta, quality="printed"))
-    models.group_size = 4
-    batch, drawn = a_batch()
-    _, fast, _, figures = student_losses(models, weigh(models, batch, drawn))
-    slow, pos, neg = slow_l_cl(models, batch, drawn)
-    assert fast.item() == pytest.approx(slow.item(), abs=1e-5)
-    assert figures["L_positive"] == pytest.approx(pos.item(), abs=1e-5)
-    assert figures["L_negative"] == pytest.approx(neg.item(), abs=1e-5)
-    fast_grad, slow_grad = gradients(models, fast), gradients(models, slow)
-    for name, grad in slow_grad.items():
-        assert torch.allclose(fast_grad[name], grad, atol=1e-5), name
+def assert_equal_gradients(found: dict, expected: dict, within: float) -> None:
+    assert found.keys() == expected.keys() and len(expected) > 0
+    for name, grad in expected.items():
+        assert torch.allclose(found[name], grad, atol=within, rtol=0), name
 
 
-@pytest.mark.parametrize("size", [1, 3, 10_000])  # rationales a pass
+JUDGED = [("own", "relative"), ("own", "printed"), ("none", "relative")]
+CASES = [(scheme, *judged, "amid", "cpu") for scheme in EVERY_SCHEME for judged in JUDGED]
+CASES += [("minmax", "own", "relative", delta, "cpu") for delta in (3.0, 20.0)]  # all beyond, none
+CASES += [("minmax", *judged, "amid", "cuda") for judged in JUDGED]
+
+
+@pytest.mark.parametrize(("scheme", "disc", "quality", "delta", "device"), CASES)
+def test_two_passes_give_the_losses_and_gradients_of_all_rationales_at_once(
+    scheme, disc, quality, delta, device
+):
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("this machine has no GPU")
+    delta = amid() if delta == "amid" else delta
+    options = make_options(
+        scheme=scheme, disc=disc, quality=quality, delta=delta, mi_weight=0.1, device=device
+    )
+    student, disc = small_models(options)
+    student.group_tokens = 128  # several groups
+    questions, self_negatives = a_batch()
+    torch.manual_seed(1)  # sampling draws the same
+    chosen = choose(student, disc, questions, self_negatives, options)
+    fast = student_losses(student, questions, chosen, options)
+    torch.manual_seed(1)
+    slow = slow_losses(student, disc, questions, self_negatives, options)
+    assert fast.keys() == slow.keys()
+    for name, loss in slow.items():
+        assert fast[name].item() == pytest.approx(loss.item(), abs=1e-5), name
+    assert fast["L_cl"].device.type == device
+    assert (slow["L_neg"].item() == 0) == (delta == 3.0)
+    found = gradients(student.model, fast["L_pred"] + fast["L_cl"] + fast["L_mi"])
+    expected = gradients(student.model, slow["L_pred"] + slow["L_cl"] + slow["L_mi"])
+    assert_equal_gradients(found, expected, 1e-5)
+
+
+def test_single_learns_rationale_and_label_as_one_target_and_nothing_else():
+    options = make_options(method="single")
+    student, disc = small_models(options)
+    example = data.Example("q", "How many?", "( 3 + 2 )")
+    samples = {"q": [data.Sample("t", "It is 3 + 2.", "( 3 + 2 )")]}
+    questions = qcrd.vote(data.TASKS["toy"], [example], samples, options)
+    assert disc is None
+    assert questions[0].label == "It is 3 + 2. So the answer is ( 3 + 2 )"
+    chosen = choose(student, disc, questions, {}, options)
+    fast = student_losses(student, questions, chosen, options)
+    slow = slow_nll(student, "predict: How many?", questions[0].label)
+    assert chosen == [] and fast["L_cl"].item() == 0 and "L_mi" not in fast
+    total = options.alpha1 * fast["L_pred"] + options.alpha2 * fast["L_cl"]
+    assert_equal_gradients(gradients(student.model, total), gradients(student.model, slow), 1e-5)
+
+
+def test_dss_is_half_the_label_and_half_one_rationale():
+    options = make_options(method="dss")
+    student, disc = small_models(options)
+    q = a_batch()[0][1]
+    chosen = choose(student, disc, [q], {}, options)
+    fast = student_losses(student, [q], chosen, options)
+    total = options.alpha1 * fast["L_pred"] + options.alpha2 * fast["L_cl"]
+    slow = 0.5 * slow_nll(student, f"predict: {q.example.input}", q.label)
+    slow = slow + 0.5 * slow_nll(student, f"explain: {q.example.input}", q.positives[0])
+    assert_equal_gradients(gradients(student.model, total), gradients(student.model, slow), 1e-5)
+
+
+@pytest.mark.parametrize("tokens", [1, 128, 100_000])  # a group
 @pytest.mark.parametrize("kind", ["t5", "flan", "mt5", "bart", "t5gemma"])
-def test_groups_of_like_length_equal_a_loop_over_single_sequences(size, kind):
-    student = a_student(kind).eval()
-    models = Models(student, tokenizer(), None, make_options(judge="none"))
-    models.group_size = size
-    batch, _ = a_batch(1)
-    texts, kind = qcrd.lay_out(batch, {})
-    together = models.loss_of(
-        models.encode([f"explain: {q.example.input}" for q in batch]), texts, kind > 0
-    )
-    for i, own in enumerate(texts):
-        alone = [slow_nll(models, "explain:", batch[i].example.input, text).item() for text in own]
-        assert together[i, : len(own)].tolist() == pytest.approx(alone, abs=1e-4)
-        assert (together[i, len(own) :] == 0).all()
+def test_groups_of_like_length_equal_a_loop_over_single_sequences(tokens, kind):
+    student = small_student(make_options(), kind)
+    student.model.eval()
+    student.group_tokens = tokens
+    questions, self_negatives = a_batch(1)
+    rationales = qcrd.rationales_of(questions, self_negatives)
+    with torch.no_grad():
+        together = qcrd.explain_losses(student, questions, rationales)
+        for r, l in zip(rationales, together, strict=True):
+            alone = slow_nll(student, f"explain: {questions[r.row].example.input}", r.text).item()
+            assert l == pytest.approx(alone, abs=1e-4)
 
 
-def train_one_step(
-    models: Models, batch: list[Question], drawn: qcrd.Drawn, step: int = 0, round_: int = 0
-) -> Any:
-    """Gradients of one step of both optimizers, which change nothing (SGD at rate 0), and its figures."""
-    models.options.lr = 0.0
-    optimizers: list[torch.optim.Optimizer] = [torch.optim.SGD(models.student.parameters(), 0.0)]
-    if models.judge is not None:
-        optimizers.append(torch.optim.SGD(models.judge.parameters(), 0.0))
-    figures = qcrd.train_step(models, optimizers, batch, drawn, round_, step)
-    return {n: p.grad for n, p in models.parts.named_parameters()}, figures
+@pytest.mark.parametrize("tokens", [1, 100_000])
+def test_the_scores_of_groups_equal_those_of_single_pairs(tokens):
+    student, disc = small_models(make_options())
+    student.group_tokens = tokens
+    questions, self_negatives = a_batch(1)
+    rationales = qcrd.rationales_of(questions, self_negatives)
+    together = qcrd.score(student, disc, questions, rationales)
+    for r, s in zip(rationales, together.tolist(), strict=True):
+        alone = slow_score(student, disc, questions[r.row].example.input, r.text)
+        assert s == pytest.approx(alone, abs=1e-5)
 
 
-@pytest.mark.parametrize("judge_loss", ["bce", "paper"])
-@pytest.mark.parametrize(
-    "change", [{}, {"scheme": "sampling"}, {"quality": "relative"}, {"mi_weight": 0.1}]
-)
-def test_grad_accum_changes_nothing_but_memory(judge_loss, change):
-    batch, drawn = a_batch()
-    found = []
-    for parts in (1, 2, 3, 6):
-        changes = {
-            "grad_accum": parts,
-            "batch_size": 6,
-            "delta": 5.8,
-            "judge_loss": judge_loss,
-        } | change
-        models = small_models(make_options(**changes))
-        found.append(train_one_step(models, batch, drawn)[0])
-    for grads in found[1:]:
-        for name, grad in grads.items():
-            assert (grad is None) == (found[0][name] is None), name
-            assert grad is None or torch.allclose(grad, found[0][name], atol=1e-6), name
+def train_one_step(options: Options, step: int = 0, models: Any = None) -> tuple[dict, dict]:
+    """All gradients of a step on `a_batch`, unclipped, and its figures; it changes nothing."""
+    student, disc = models or small_models(options)
+    optimizers = qcrd.make_optimizers(student, disc, options)
+    arguments = (student, disc, optimizers, *a_batch(), 0, step, options)
+    with mock.patch.object(qcrd, "clip_and_step"):
+        figures = qcrd.train_step(*arguments)
+    found = dict(student.model.named_parameters())
+    if disc is not None:
+        found |= {f"disc.{name}": p for name, p in disc.named_parameters()}
+    return {name: p.grad for name, p in found.items() if p.grad is not None}, figures
 
 
-def test_eq_8_and_the_decay_of_alpha_3(monkeypatch):
-    models = small_models(
-        make_options(alpha1=0.5, alpha2=0.25, alpha3=0.5, mi_weight=0.1, beta=0.2)
-    )
-    p = torch.nn.Parameter(torch.tensor([1.0]))
-    monkeypatch.setattr(
-        qcrd, "student_losses", lambda *_: (0.2 * p.sum(), 0.3 * p.sum(), 0.4 * p.sum(), {})
-    )
-    monkeypatch.setattr(qcrd, "discriminator_loss", lambda *_: (-0.1 * p.sum(), {}))
-    qcrd.train_step(models, [torch.optim.SGD([p], 0.0)] * 2, a_batch()[0][2:3], {}, 2, 0)
-    assert p.grad.item() == pytest.approx(0.5 * 0.2 + 0.25 * 0.3 + 0.5 * 0.9**2 * -0.1 + 0.1 * 0.4)
+STEPS: list[dict[str, Any]] = [{"scheme": scheme} for scheme in EVERY_SCHEME]
+STEPS += [{"quality": "printed"}, {"mi_weight": 0.1}, {"disc": "shared"}, {"disc": "none"}]
+
+
+@pytest.mark.parametrize("disc_loss", ["bce", "paper"])
+@pytest.mark.parametrize("change", STEPS)
+def test_micro_batch_changes_nothing_but_memory(disc_loss, change):
+    options = make_options(batch_size=6, delta=amid(), disc_loss=disc_loss, micro_batch=6, **change)
+    models = small_models(options)
+    whole, figures = train_one_step(options, models=models)
+    assert figures["L_cl"] != 0 and ("L_D" in figures) == (options.disc != "none")
+    for size in (1, 2, 3):
+        models[0].micro_batch = size
+        found, same = train_one_step(options, models=models)
+        assert_equal_gradients(found, whole, 1e-6)
+        assert same == pytest.approx(figures, abs=1e-5)
+
+
+def test_a_micro_batch_is_so_many_questions_at_most():
+    student = small_student(make_options(micro_batch=4))
+    questions, self_negatives = a_batch()
+    rationales = qcrd.rationales_of(questions, self_negatives)
+    parts = list(student.micro_batches(questions, rationales))
+    assert [some for some, _ in parts] == [questions[:4], questions[4:]]
+    for some, those in parts:  # each rationale's row is its question's in the part
+        assert those == qcrd.rationales_of(some, self_negatives)
+    student.micro_batch = 0
+    assert list(student.micro_batches(questions, rationales)) == [(questions, rationales)]
+
+
+def test_a_step_is_eq_8_with_the_decay_of_alpha_3_and_mis_loss():
+    options = make_options(alpha1=0.5, alpha2=0.25, alpha3=0.3, mi_weight=0.1, disc="shared")
+    student, disc = small_models(options)
+    questions, self_negatives = a_batch()
+    chosen = choose(student, disc, questions, self_negatives, options)
+    losses = student_losses(student, questions, chosen, options)
+    total = 0.5 * losses["L_pred"] + 0.25 * losses["L_cl"] + 0.1 * losses["L_mi"]
+    expected = gradients(student.model, total)
+    # nobody is held out and 8 at least are drawn, so that D learns from all six
+    disc_gradients(student, disc, questions, self_negatives, 0.3 * 0.9**2, options)
+    expected = {n: p.grad.clone() for n, p in student.model.named_parameters()}
+    optimizers = qcrd.make_optimizers(student, disc, options)
+    with mock.patch.object(qcrd, "clip_and_step"):
+        arguments = (questions, self_negatives, 2, 4, options)
+        qcrd.train_step(student, disc, optimizers, *arguments)
+    found = {n: p.grad for n, p in student.model.named_parameters()}
+    assert_equal_gradients(found, expected, 1e-6)
+
+
+def test_the_gradients_of_student_and_discriminator_are_clipped_apart_at_norm_1():
+    options = make_options()
+    student, disc = small_models(options)
+    optimizers = qcrd.make_optimizers(student, disc, options)
+    for model, size in ((student.model, 1e4), (disc, 1e-4)):
+        for parameter in model.parameters():
+            parameter.grad = torch.full_like(parameter, size)
+    for name, model in (("student", student.model), ("disc", disc)):
+        qcrd.clip_and_step(optimizers[name])
+        norm = torch.cat([p.grad.flatten() for p in model.parameters()]).norm().item()
+        whole = sum(p.numel() for p in model.parameters()) ** 0.5
+        assert norm == pytest.approx(min(1.0, whole * {"student": 1e4, "disc": 1e-4}[name]), 1e-3)
+
+
+def test_the_discriminator_learns_every_few_steps_alone():
+    options = make_options(disc_every=4)
+    models = small_models(options)
+    for step in (0, 1, 3, 4, 8):
+        found, figures = train_one_step(options, step, models)
+        learns = step % 4 == 0
+        assert ("L_D" in figures) == learns == any(name.startswith("disc.") for name in found)
 
 
 def test_the_discriminator_learns_from_a_random_part_of_a_batch_and_never_from_held_out_questions():
@@ -172,111 +322,291 @@ def test_the_discriminator_learns_from_a_random_part_of_a_batch_and_never_from_h
         Question(data.Example(str(i), "x", "y"), "y", ["a"], ["b"], held_out=i % 10 == 9)
         for i in range(64)
     ]
-    options = make_options(batch_size=64, judge_every=2)
-    drawn = [
-        [int(q.example.id) for q in qcrd.judged_questions(questions, options, step)]
-        for step in range(0, 40, 2)
-    ]
-    assert all(len(set(rows)) == 16 and not set(rows) & {9, 19, 29, 39, 49, 59} for rows in drawn)
+    options = make_options(batch_size=64)
+    drawn = []
+    for step in range(20):
+        drawn.append({int(q.example.id) for q in qcrd.disc_questions(questions, options, step)})
+    assert all(len(rows) == 16 for rows in drawn)
+    assert all(not rows & {9, 19, 29, 39, 49, 59} for rows in drawn)
     assert len(set().union(*drawn)) > 50 and drawn[0] != drawn[1]
-    again = qcrd.judged_questions(questions, options, 0)
-    assert (
-        again == [questions[row] for row in drawn[0]]
-        and qcrd.judged_questions(questions, options, 1) == []
-    )
+    again = qcrd.disc_questions(questions, options, 0)
+    assert again == [q for q in questions if int(q.example.id) in drawn[0]]
+
+
+def test_a_batch_that_is_all_held_out_teaches_the_discriminator_nothing_and_the_student_goes_on():
+    options = make_options()
+    questions, self_negatives = a_batch()
+    for q in questions:
+        q.held_out = True
+    student, disc = small_models(options)
+    optimizers = qcrd.make_optimizers(student, disc, options)
+    before = [p.clone() for p in disc.parameters()]
+    figures = qcrd.train_step(student, disc, optimizers, questions, self_negatives, 0, 0, options)
+    assert "L_D" not in figures and figures["L_pred"] > 0
+    assert all(torch.equal(p, q) for p, q in zip(before, disc.parameters(), strict=True))
+
+
+def test_the_figures_of_d_are_its_loss_and_its_mean_score_of_each_kind_by_hand(monkeypatch):
+    options = make_options()
+    student, disc = small_models(options)
+    questions, self_negatives = a_batch()
+    scores = {}
+    for number, r in enumerate(qcrd.rationales_of(questions, self_negatives)):
+        scores[r.text] = (number + 1) / 20
+
+    def score(student: Any, disc: Any, questions: Any, rationales: Any) -> torch.Tensor:
+        return torch.tensor([scores[r.text] for r in rationales], requires_grad=True)
+
+    monkeypatch.setattr(qcrd, "score", score)
+    # in order: - - | + s | + + - | + + + - - s | + + + | + - s
+    pos, neg, by_student = [3, 5, 6, 8, 9, 10, 14, 15, 16, 17], [1, 2, 7, 11, 12, 18], [4, 13, 19]
+    for micro_batch in (0, 1):
+        student.micro_batch = micro_batch
+        figures = disc_gradients(student, disc, questions, self_negatives, 1.0, options)
+        assert figures["s_pos"] == pytest.approx(sum(pos) / 10 / 20)
+        assert figures["s_neg"] == pytest.approx(sum(neg) / 6 / 20)
+        assert figures["s_self"] == pytest.approx(sum(by_student) / 3 / 20)
+        right = [n / 20 for n in pos] + [1 - n / 20 for n in neg + by_student]
+        assert figures["L_D"] == pytest.approx(-torch.tensor(right).log().mean().item())
+
+
+def test_active_is_the_share_of_questions_whose_negative_term_pushes():
+    assert train_one_step(make_options(delta=amid()))[1]["active"] == pytest.approx(2 / 6)
+    assert train_one_step(make_options(delta=3.0))[1]["active"] == 0
+    assert train_one_step(make_options(delta=20.0))[1]["active"] == pytest.approx(5 / 6)
 
 
 def test_choice_and_margin_are_settled_without_dropout():
-    models = small_models(make_options(delta=5.8))
-    for module in models.parts.modules():
+    options = make_options(delta=amid())
+    student, disc = small_models(options)
+    for module in [*student.model.modules(), *disc.modules()]:
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.5
-    batch, drawn = a_batch()
-    first = weigh(models, batch, drawn)
-    again = weigh(models, batch, drawn)
-    assert torch.equal(first.weight, again.weight) and torch.equal(first.neg_share, again.neg_share)
-    assert models.student.training and models.judge.training
+    batch = a_batch()
+    first = choose(student, disc, *batch, options)
+    assert repr(first) == repr(choose(student, disc, *batch, options))
+    assert student.model.training and disc.training
 
 
 def test_l_cl_trains_the_student_and_not_the_discriminator():
-    models = small_models(make_options(delta=5.8))
-    batch, drawn = a_batch()
-    student_losses(models, weigh(models, batch, drawn))[1].backward()
-    assert all(p.grad is None for p in models.judge.parameters())
-    assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in models.student.parameters())
+    options = make_options(delta=amid())
+    student, disc = small_models(options)
+    questions, self_negatives = a_batch()
+    chosen = choose(student, disc, questions, self_negatives, options)
+    student_losses(student, questions, chosen, options)["L_cl"].backward()
+    assert all(p.grad is None for p in disc.parameters())
+    assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in student.model.parameters())
 
 
-@pytest.mark.parametrize(("judge", "trains_encoder"), [("own", False), ("shared", True)])
-def test_only_a_shared_encoder_lets_l_d_shape_the_student(judge, trains_encoder):
-    models = small_models(make_options(judge=judge))
-    batch, drawn = a_batch()
-    discriminator_loss(models, [batch[0], *batch[2:4]], drawn)[0].backward()
-    encoder = [
-        p.grad.abs().sum().item() if p.grad is not None else 0
-        for p in models.student.get_encoder().parameters()
-    ]
-    assert (sum(encoder) > 0) == trains_encoder
-    assert sum(p.grad.abs().sum().item() for p in models.judge.mlp.parameters()) > 0
+@pytest.mark.parametrize(("disc", "trains_encoder"), [("own", False), ("shared", True)])
+def test_only_a_shared_encoder_lets_l_d_shape_the_student(disc, trains_encoder):
+    options = make_options(disc=disc)
+    student, disc = small_models(options)
+    disc_gradients(student, disc, *a_batch(), 1.0, options)
+    encoder = student.model.get_encoder().parameters()
+    assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in encoder) == trains_encoder
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in disc.mlp.parameters())
+    optimizers = qcrd.make_optimizers(student, disc, options)
+    of_disc = {id(p) for group in optimizers["disc"].param_groups for p in group["params"]}
+    of_student = {id(p) for p in student.model.parameters()}
+    assert not of_disc & of_student  # each parameter is stepped once
 
 
-def nlls(models: Models, question: Question, texts: list[str]) -> list[float]:
-    with torch.no_grad():
-        return [slow_nll(models, "explain:", question.example.input, text).item() for text in texts]
+def test_the_discriminator_starts_as_a_copy_of_the_students_encoder():
+    student, disc = small_models(make_options(disc="own"))
+    pairs = zip(student.model.get_encoder().parameters(), disc.encoder.parameters(), strict=True)
+    assert all(torch.equal(a, b) and a is not b for a, b in pairs)
+    student, disc = small_models(make_options(disc="shared"))
+    assert disc.encoder is student.model.get_encoder()
 
 
-def l_cl(models: Models, question: Question) -> torch.Tensor:
-    return student_losses(models, weigh(models, [question], {}))[1]
-
-
-def test_after_a_step_the_chosen_positive_is_likelier_and_a_negative_below_the_margin_less_likely():
-    question = a_batch()[0][2]
-    texts = [*question.positives, *question.negatives]
-    for side, sign in (({"beta": 0.0}, -1), ({"beta": 2.0}, 1)):
-        models = small_models(make_options(delta=20.0, judge="none", **side))
-        before = nlls(models, question, texts)
-        chosen = before.index(min(before[:2]))
-        lone = Question(
-            question.example,
-            question.label,
-            question.positives if sign < 0 else [],
-            question.negatives,
-        )
-        l_cl(models, lone).backward()
-        torch.optim.SGD(models.student.parameters(), 0.01).step()
-        after, at = nlls(models, question, texts), chosen if sign < 0 else 2
-        assert sign * (after[at] - before[at]) > 0
+@pytest.mark.parametrize(("beta", "towards"), [(0.0, "positive"), (2.0, "negative")])
+def test_a_step_makes_the_positive_likelier_and_a_negative_below_the_margin_less_likely(
+    beta, towards
+):
+    options = make_options(delta=20.0, disc="none", beta=beta)
+    student, _ = small_models(options)
+    q = a_batch()[0][2]
+    explain = f"explain: {q.example.input}"
+    lone = Question(q.example, q.label, q.positives if towards == "positive" else [], q.negatives)
+    before = [slow_nll(student, explain, t).item() for t in (*q.positives, *q.negatives)]
+    easiest = before.index(min(before[:2]))
+    chosen = choose(student, None, [lone], {}, options)
+    student_losses(student, [lone], chosen, options)["L_cl"].backward()
+    torch.optim.SGD(student.model.parameters(), 0.01).step()
+    after = [slow_nll(student, explain, t).item() for t in (*q.positives, *q.negatives)]
+    if towards == "positive":
+        assert after[easiest] < before[easiest]
+    else:
+        assert after[2] > before[2]
 
 
 def test_a_negative_beyond_the_margin_gives_the_student_no_gradient():
-    question = a_batch()[0][2]
-    lone = Question(question.example, question.label, [], question.negatives)
-    models = small_models(make_options(delta=0.1))
-    loss = l_cl(models, lone)
-    assert loss.item() == 0 and all((grad == 0).all() for grad in gradients(models, loss).values())
+    options = make_options(delta=0.1)
+    student, disc = small_models(options)
+    q = a_batch()[0][2]
+    lone = Question(q.example, q.label, [], q.negatives)
+    chosen = choose(student, disc, [lone], {}, options)
+    loss = student_losses(student, [lone], chosen, options)["L_cl"]
+    assert chosen == [] and loss.item() == 0
 
 
-def test_rows_of_unlike_length_are_laid_out_with_zeros():
+def test_the_rationales_of_a_batch_come_with_their_question_and_kind():
     sides: list[tuple[list[str], list[str]]] = [(["a", "b"], ["c"]), ([], []), ([], [])]
     questions = [
         Question(data.Example(str(i), "x", "y"), "y", *side) for i, side in enumerate(sides)
     ]
-    texts, kind = qcrd.lay_out(questions, {"2": ["d"], "elsewhere": ["e"]})
-    assert kind.tolist() == [[1, 1, 2], [0, 0, 0], [3, 0, 0]] and texts == [
-        ["a", "b", "c"],
-        [],
-        ["d"],
+    found = qcrd.rationales_of(questions, {"2": "d", "elsewhere": "e"})
+    told = [(r.row, r.text, r.is_pos, r.by_student) for r in found]
+    assert told == [
+        (0, "a", True, False),
+        (0, "b", True, False),
+        (0, "c", False, False),
+        (2, "d", False, True),
     ]
-    assert qcrd.lay_out(questions[1:], {})[1].shape == (2, 0)
+    assert qcrd.rationales_of(questions[1:2], {}) == []
 
 
-@pytest.mark.parametrize("judge", ["own", "shared"])
-def test_a_step_in_bf16_gives_every_parameter_the_gradient_of_fp32_but_for_rounding(judge):
-    batch, drawn = a_batch()
+@pytest.mark.parametrize("disc", ["own", "shared"])
+def test_a_step_in_bf16_gives_every_parameter_the_gradient_of_fp32_but_for_rounding(disc):
+    changes = {"disc": disc, "delta": 20.0}
+    exact, _ = train_one_step(make_options(precision="fp32", **changes))
+    rounded, _ = train_one_step(make_options(precision="bf16", **changes))
+    assert exact.keys() == rounded.keys()
+    for name, grad in exact.items():
+        if grad.norm() > 1e-3:
+            cosine = torch.cosine_similarity(grad.flatten(), rounded[name].flatten(), 0)
+            assert cosine > 0.95, name
+
+
+# --------------------------------------------------------------------------------------------------
+# Memory
+
+
+class Full:
+    """In place of a function: memory runs out in one of its calls, or in all of them."""
+
+    def __init__(self, function: Any, call: int | None) -> None:
+        self.function, self.call, self.calls = function, call, 0
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.calls += 1
+        if self.call is None or self.calls == self.call:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return self.function(*args, **kwargs)
+
+
+def assert_said_once(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.strip()]
+    assert len(lines) == 1 and "memory" in lines[0] and "--micro-batch" in lines[0], lines
+
+
+IN_A_STEP = [
+    ("explain_losses", 1),  # in choose
+    ("score", 1),  # in choose
+    ("student_losses", 1),
+    ("contrastive_loss", 2),  # after the gradients of one micro-batch
+    ("discriminator_loss", 1),  # after the student's gradients
+    ("discriminator_loss", 2),
+]
+
+
+@pytest.mark.parametrize(("name", "call"), IN_A_STEP)
+def test_a_step_whose_memory_runs_out_goes_on_in_halves_and_ends_the_same(
+    monkeypatch, capsys, name, call
+):
+    options = make_options(batch_size=6, delta=amid(), micro_batch=4)
+    expected, figures = train_one_step(options)
+    full = Full(getattr(qcrd, name), call)
+    monkeypatch.setattr(qcrd, name, full)
+    models = small_models(options)
+    found, same = train_one_step(options, models=models)
+    assert_equal_gradients(found, expected, 1e-6)
+    assert same == pytest.approx(figures, abs=1e-5)
+    assert full.calls > call and models[0].room == 0.5
+    parts = models[0].micro_batches(a_batch()[0], [])
+    assert [len(some) for some, _ in parts] == [2, 2, 2]
+    assert_said_once(capsys)
+
+
+@pytest.mark.parametrize("call", [1, 2, 3])
+def test_pretraining_whose_memory_runs_out_ends_with_the_same_discriminator(
+    monkeypatch, capsys, call
+):
+    options = make_options(disc_steps=3)
     found = []
-    for precision in ("fp32", "bf16"):
-        models = small_models(make_options(precision=precision, judge=judge, delta=5.8))
-        found.append(train_one_step(models, batch, drawn)[0])
-    for name, grad in found[0].items():
-        assert (grad is None) == (found[1][name] is None), name
-        if grad is not None and grad.norm() > 1e-3:
-            assert torch.cosine_similarity(grad.flatten(), found[1][name].flatten(), 0) > 0.95, name
+    for fails in (False, True):
+        student, disc = small_models(options)
+        optimizer = torch.optim.SGD(disc.parameters(), 0.1)
+        if fails:
+            full = Full(qcrd.discriminator_loss, call)
+            monkeypatch.setattr(qcrd, "discriminator_loss", full)
+        qcrd.pretrain_disc(student, disc, a_batch()[0], optimizer, options)
+        found.append(torch.cat([p.flatten() for p in disc.parameters()]))
+    assert torch.allclose(*found, atol=1e-5) and full.calls >= 4
+    assert_said_once(capsys)
+
+
+def test_an_auc_whose_memory_runs_out_is_the_same(monkeypatch, capsys):
+    models = small_models(make_options())
+    questions, _ = a_batch()
+    for q in questions:
+        q.held_out = True
+    expected = qcrd.disc_auc(*models, questions)
+    full = Full(qcrd.score, 1)
+    monkeypatch.setattr(qcrd, "score", full)
+    assert qcrd.disc_auc(*models, questions) == expected
+    assert full.calls == 2 and models[0].model.training and models[1].training
+    assert_said_once(capsys)
+
+
+def test_writing_whose_memory_runs_out_gives_the_same_texts_in_smaller_pieces(monkeypatch, capsys):
+    student = small_student(make_options())
+    with torch.no_grad():  # so that what it reads tells in what it writes
+        for name, parameter in student.model.named_parameters():
+            parameter.mul_(40 if "EncDecAttention.o" in name else 1)
+    inputs = [f"explain: {q.example.input}" for q in a_batch()[0]]
+    expected = student.write(inputs, "x", 12)
+    assert len(set(expected)) > 1
+    full = Full(student.model.generate, 1)
+    monkeypatch.setattr(student.model, "generate", full)
+    assert student.write(inputs, "x", 12) == expected
+    assert full.calls > 2  # all, then halves
+    assert_said_once(capsys)
+
+
+def test_after_memory_ran_out_once_the_rest_of_the_run_uses_less_and_a_resumed_one_too(
+    tmp_path, monkeypatch
+):
+    options = make_options()
+    student, disc = small_models(options)
+    student.room = 0.25
+    optimizers = qcrd.make_optimizers(student, disc, options)
+    qcrd.save_checkpoint(tmp_path, student, disc, optimizers, [{"round": 0}])
+    resumed, disc = small_models(options)
+    optimizers = qcrd.make_optimizers(resumed, disc, options)
+    qcrd.load_checkpoint(tmp_path, resumed, disc, optimizers)
+    assert resumed.room == 0.25
+
+
+@pytest.mark.parametrize("name", ["explain_losses", "student_losses", "score", "generate"])
+def test_where_not_even_one_question_fits_one_sentence_says_what_to_lower(
+    monkeypatch, capsys, name
+):
+    options = make_options()
+    student, disc = small_models(options)
+    place = student.model if name == "generate" else qcrd
+    monkeypatch.setattr(place, name, Full(getattr(place, name), None))
+    with pytest.raises(UserError) as error:
+        if name == "generate":
+            student.write(["explain: a"], "x", 2)
+        elif name == "score":
+            held_out = a_batch()[0]
+            for q in held_out:
+                q.held_out = True
+            qcrd.disc_auc(student, disc, held_out)
+        else:
+            train_one_step(options, models=(student, disc))
+    sentence = str(error.value)
+    assert "--student" in sentence and "--max-input" in sentence and "\n" not in sentence
+    assert_said_once(capsys)

@@ -1,6 +1,7 @@
 """Teachers and their cache against real parts: a loopback server with faults, a local model, killed processes."""
 
 import functools
+import importlib
 import json
 import os
 import random
@@ -8,13 +9,16 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
+import filelock
 import pytest
 import torch
 from transformers import (
@@ -31,6 +35,7 @@ from tests.conftest import ROOT
 from tests.helpers import make_options, tokenizer
 
 KEY = "sk-this-must-never-be-written"
+KILLS = int(os.environ.get("QCRD_KILLS", "4"))  # 20 takes two minutes
 
 
 def explain(question: str) -> str:
@@ -45,7 +50,7 @@ class Server(ThreadingHTTPServer):
 
     def __init__(
         self,
-        faults: tuple[str, ...] = (),
+        faults: tuple[Any, ...] = (),
         delay: float = 0.0,
         answer: Callable[[str], str] = explain,
     ) -> None:
@@ -55,6 +60,7 @@ class Server(ThreadingHTTPServer):
         self.only = b""  # what a server says that takes max_completion_tokens only
         self.times: list[float] = []
         self.bodies: list[dict] = []
+        self.agents: list[str] = []
         threading.Thread(target=self.serve_forever, daemon=True).start()
         self.url = f"http://127.0.0.1:{self.server_port}/v1"
 
@@ -81,12 +87,23 @@ class Handler(BaseHTTPRequestHandler):
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         server.times.append(time.monotonic())
         server.bodies.append(request)
+        server.agents.append(self.headers["User-Agent"])
         assert (
             self.path == "/v1/chat/completions" and self.headers["Authorization"] == f"Bearer {KEY}"
         )
         fault = server.faults.pop(0) if server.faults else None
         time.sleep(server.delay)
-        if fault == "429":
+        if isinstance(fault, tuple):  # (status, body, headers)
+            self.reply(fault[0], fault[1], **(fault[2] if len(fault) > 2 else {}))
+        elif fault in ("drip", "header drip"):
+            self.close_connection = True
+            self.wfile.write(b"HTTP/1.1 200 OK\r\nX-Drip: ")
+            if fault == "drip":
+                self.wfile.write(b"\r\nContent-Length: 1000\r\n\r\n")
+            for _ in range(40):
+                self.wfile.write(b" ")
+                time.sleep(0.1)
+        elif fault == "429":
             self.reply(429, b"{}", Retry_After="0.5")
         elif fault in ("401", "404", "500", "503"):
             self.reply(int(fault), b"{}")
@@ -130,7 +147,11 @@ def api(monkeypatch, tmp_path):
     return sample
 
 
-@pytest.mark.parametrize("fault", ["429", "500", "503", "cut", "malformed", "empty", "slow"])
+@pytest.mark.parametrize(
+    "fault",
+    ["429", "500", "503", "cut", "malformed", "empty", "slow", "drip", "header drip"]
+    + [(status, b"{}") for status in (408, 409, 425, 429, 502)],
+)
 def test_a_passing_fault_is_tried_again(api, fault):
     server = Server((fault, fault))
     samples = api(server, api_concurrency=1)
@@ -155,8 +176,11 @@ def test_a_fault_that_stays_ends_in_one_sentence_and_loses_nothing(api, monkeypa
     server.faults = ["500"] * 1000
     with pytest.raises(UserError, match="status 500"):
         api(server, n=3)
+    before = -1
+    while before != len(server.times):  # until the requests that were under way are answered
+        before = len(server.times)
+        time.sleep(0.5)
     server.faults = []
-    before = len(server.times)
     assert len(api(server, n=3)) == 3
     assert len(server.times) - before == 2  # only the third question's two samples
 
@@ -245,9 +269,9 @@ def cached(tmp_path: Path) -> Counter:
     return Counter((row["id"], row["sample"]) for row in rows)
 
 
-def test_killed_twenty_times_and_finished_every_sample_is_there_exactly_once(tmp_path):
+def test_killed_again_and_again_and_finished_every_sample_is_there_exactly_once(tmp_path):
     server, rng, kills = Server(delay=0.05), random.Random(0), 0
-    while kills < 20:
+    while kills < KILLS:
         known = len(server.times)
         process = child(tmp_path, server)
         while len(server.times) == known and process.poll() is None:
@@ -260,7 +284,7 @@ def test_killed_twenty_times_and_finished_every_sample_is_there_exactly_once(tmp
     assert finisher.communicate(timeout=120)[1] is not None and finisher.returncode == 0
     seen = cached(tmp_path)
     assert len(seen) == 200 and set(seen.values()) == {1}
-    assert len(server.times) <= 200 + 20 * 8  # a kill loses the requests in flight and no more
+    assert len(server.times) <= 200 + KILLS * 8  # a kill loses the requests in flight and no more
 
 
 def test_two_processes_on_one_cache_do_not_corrupt_it(tmp_path):
@@ -269,7 +293,7 @@ def test_two_processes_on_one_cache_do_not_corrupt_it(tmp_path):
     for process in both:
         process.communicate(timeout=120)
         assert process.returncode == 0
-    assert len(cached(tmp_path)) == 200
+    assert len(cached(tmp_path)) == 200 and len(server.times) == 200
     (path,) = (tmp_path / "samples").glob("*.jsonl")
     assert all(json.loads(line) for line in path.read_bytes().splitlines())
     assert len(Cache(path).load()) == 200
@@ -478,3 +502,608 @@ def test_a_template_without_a_system_role_gets_the_system_text_in_front_of_the_u
         assert data.as_chat(words, chat) == "user: Be brief.\n\nWhy?\nassistant:"
     words.chat_template = "{{ 'off' if enable_thinking is defined and not enable_thinking else 'on' }} {{ messages[0].content }}"  # fmt: skip
     assert data.as_chat(words, chat) == "off Be brief."
+
+
+# Samples and the question that they answer
+
+
+def questions(texts: list[str]) -> list[data.Example]:
+    return [data.Example(f"row-{n}", text, "( 1 + 1 )") for n, text in enumerate(texts)]
+
+
+@pytest.fixture
+def ask(api):
+    """A function that samples questions of a task of one's own from a server: rationales by question."""
+
+    def sample(server: Server, texts: list[str], **changes: object) -> dict[str, set[str]]:
+        options = make_options(teacher=["api:m"], api_base=server.url, k=2, **changes)
+        examples = questions(texts)
+        task = data.Task("my", numeric=True)
+        samples = data.collect(task, examples, ["api:m"], options)
+        return {e.input: {s.rationale for s in samples[e.id]} for e in examples}
+
+    return sample
+
+
+def test_rows_of_one_id_in_two_files_of_one_name_get_their_own_questions_samples(ask):
+    server = Server()
+    assert ask(server, ["Why A?", "Why B?"])["Why A?"] == {"Question: Why A?"}
+    assert ask(server, ["Why C?", "Why D?"])["Why C?"] == {"Question: Why C?"}
+    assert len(server.times) == 8
+    ask(server, ["Why A?", "Why B?"])
+    assert len(server.times) == 8
+
+
+def test_a_row_inserted_on_top_asks_for_itself_alone_and_the_others_keep_their_samples(ask):
+    server = Server()
+    ask(server, ["Why A?", "Why B?"])
+    samples = ask(server, ["Why new?", "Why A?", "Why B?"])
+    assert samples == {f"Why {x}?": {f"Question: Why {x}?"} for x in ("new", "A", "B")}
+    assert len(server.times) == 6
+
+
+def test_the_same_question_under_two_ids_is_asked_once_and_both_have_its_samples(ask):
+    server = Server()
+    assert ask(server, ["Why A?", "Why A?"]) == {"Why A?": {"Question: Why A?"}}
+    assert len(server.times) == 2
+
+
+def completion(content: object, reason: str = "stop", **more: object) -> bytes:
+    choice = {"index": 0, "finish_reason": reason, "message": {"content": content, **more}}
+    return json.dumps({"choices": [choice]}).encode()
+
+
+@pytest.mark.parametrize(
+    "reply", [completion("", "length"), completion("<Explanation>: it is <Answer>: ( 1", "length")]
+)
+def test_what_was_empty_or_cut_is_asked_again_with_more_tokens_and_only_then(ask, capsys, reply):
+    server = Server(((200, reply),))
+    ask(server, ["Why A?", "Why B?"], max_tokens=10, api_concurrency=1)
+    assert "1 replies had no text (finish_reason length) or were cut" in capsys.readouterr().out
+    ask(server, ["Why A?", "Why B?"], max_tokens=10)
+    assert len(server.times) == 4
+    whole = ask(server, ["Why A?", "Why B?"], max_tokens=20)
+    assert len(server.times) == 5 and whole["Why A?"] == {"Question: Why A?"}
+    assert ask(server, ["Why A?", "Why B?"], max_tokens=20) == whole and len(server.times) == 5
+
+
+def test_a_second_sampler_says_that_it_waits_and_asks_for_nothing_that_the_first_brought(
+    ask, tmp_path, capsys
+):
+    server = Server()
+    ask(server, ["Why A?"])
+    (path,) = (tmp_path / "samples").glob("*.jsonl")
+    content = path.read_bytes()
+    path.write_bytes(b"")
+    with filelock.FileLock(f"{path}.lock"):  # as held by another process, which then writes
+        second = threading.Thread(target=ask, args=(server, ["Why A?"]))
+        second.start()
+        time.sleep(0.5)
+        assert second.is_alive() and len(server.times) == 2
+        path.write_bytes(content)
+    second.join(10)
+    assert not second.is_alive() and len(server.times) == 2
+    out = capsys.readouterr().out
+    assert out.count(f"Waiting for another process that samples into {path}") == 1
+
+
+# PaLM's samples, which are known by their place alone
+
+
+def palm(tmp_path: Path, rows: int, parts: dict[str, object]) -> dict:
+    release = tmp_path / "release.zip"
+    with data.zipfile.ZipFile(release, "w") as z:
+        for split, count in (("train", rows), ("test", 2)):
+            lines = [json.dumps({"input": f"q{i}?", "label": f"{i}"}) for i in range(count)]
+            z.writestr(f"datasets/svamp/svamp_{split}.json", "\n".join(lines) + "\n")
+        for name, content in parts.items():
+            z.writestr(f"datasets/svamp/llm/{name}.json", json.dumps(content))
+    options = make_options(task="svamp", data=str(release), train_size=0.5)
+    task, splits = data.load_task("svamp", str(release), options.train_size)
+    return data.collect(task, splits["train"], ["palm"], options)
+
+
+def said(numbers: range) -> list[str]:
+    return [f"It is {i}. The answer is {i}." for i in numbers]
+
+
+def test_palms_samples_reach_the_row_of_their_place_also_beyond_ten_parts(tmp_path):
+    parts = {f"train_CoT_{n}": said(range(2 * n, 2 * n + 2)) for n in reversed(range(15))}
+    samples = palm(tmp_path, 30, parts)
+    assert len(samples) == 14  # half of the 27 that training keeps
+    for id, (sample,) in samples.items():
+        assert sample.answer == id.removeprefix("svamp-train-")
+
+
+@pytest.mark.parametrize(
+    ("rows", "parts", "sentence"),
+    [
+        (20, {"train_CoT_0": said(range(10))}, "10 PaLM samples for 20 training questions"),
+        (19, {"train_CoT_0": said(range(20))}, "20 PaLM samples for 19 training questions"),
+        (20, {}, "0 PaLM samples for 20 training questions"),
+        (20, {"train_CoT_0": said(range(10)), "train_CoT_2": said(range(10))}, "train_CoT_1.json"),
+        (20, {"train_CoT_1": said(range(20))}, "train_CoT_0.json"),
+        (20, {"train_CoT_0": [*said(range(19)), None]}, "no texts"),
+        (20, {"train_CoT_0": [*said(range(19)), ["x"]]}, "no texts"),
+        (20, {"train_CoT_0": {"0": "x"}}, "1 PaLM samples for 20"),
+        (20, {"train_CoT_0": 5}, "train_CoT_0.json is no JSON array"),
+    ],
+)
+def test_palms_samples_that_do_not_fit_the_rows_are_one_sentence(tmp_path, rows, parts, sentence):
+    with pytest.raises(UserError, match=sentence):
+        palm(tmp_path, rows, parts)
+
+
+# Teachers that teach nothing
+
+
+def samples_file(tmp_path: Path, outputs: list[tuple[int, str]]) -> dict:
+    lines = []
+    for id in ("row-0", "row-1"):
+        for number, output in outputs:
+            line = {"id": id, "teacher": "me", "sample": number, "output": output}
+            lines.append(json.dumps(line) + "\n")
+    path = tmp_path / "mine.jsonl"
+    path.write_text("".join(lines))
+    examples = questions(["Why A?", "Why B?"])
+    return data.collect(data.Task("my", numeric=True), examples, [str(path)], make_options(k=None))
+
+
+def test_a_teacher_none_of_whose_answers_can_be_read_stops_with_one_of_its_replies(ask, tmp_path):
+    with pytest.raises(UserError, match="no answer can be read in any of 4 replies.*'No.'"):
+        samples_file(tmp_path, [(0, "I pass."), (1, "No.")])
+    server = Server(answer=lambda question: "As you say.")
+    with pytest.raises(UserError, match="api:m.*'As you say.'"):
+        ask(server, ["Why A?", "Why B?"])
+
+
+def test_one_number_given_to_several_samples_of_a_question_stops_with_one_of_them(tmp_path):
+    one = "It is 3. The answer is 3."
+    with pytest.raises(UserError, match="sample 0 of 'row-0' is there twice.*'The answer is 4.'"):
+        samples_file(tmp_path, [(0, one), (0, "The answer is 4.")])
+    assert len(samples_file(tmp_path, [(0, one), (0, one), (1, one)])["row-0"]) == 2
+
+
+def test_own_rationales_and_labels_are_taken_as_they_are():
+    own = [
+        ("Premise: there are 18 eggs. Answer: none.", "U.S."),
+        ("To know what the answer is, count.", "two\nlines"),
+        ("__init__ with **kwargs, $5", "(b)"),
+    ]
+    examples = []
+    for n, (rationale, label) in enumerate(own):
+        examples.append(data.Example(f"{n}", f"Why {n}?", label, rationale=rationale))
+    samples = data.collect(data.Task("my"), examples, [], make_options(k=None))
+    for n, (rationale, label) in enumerate(own):
+        assert samples[f"{n}"] == [data.Sample("own", rationale, label)]
+
+
+# The key stays at home
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+def test_a_redirect_is_refused_by_name_and_nothing_is_sent_there(api, status):
+    other = Server()
+    server = Server(((status, b"", {"Location": f"{other.url}/chat/completions"}),) * 9)
+    with pytest.raises(UserError, match=f"status {status}: {other.url}.*not followed"):
+        api(server, api_concurrency=1)
+    assert len(server.times) == 1 and not other.times
+
+
+@pytest.mark.parametrize("status", [302, 400, 401, 403, 429, 500])
+def test_a_server_that_repeats_the_key_is_shown_with_it_masked(api, monkeypatch, capfd, status):
+    monkeypatch.setattr(data, "API_TRIES", 2)
+    body = f'{"x" * 290} {{"error": "Bearer {KEY}"}}'.encode()
+    server = Server(((status, f"no: {KEY}. ".encode() + body, {"Location": f"/{KEY}"}),) * 20)
+    with pytest.raises(UserError, match=r"\*\*\*") as error:
+        api(server)
+    assert KEY[:20] not in str(error.value) + "".join(capfd.readouterr())
+
+
+def test_a_sample_that_repeats_the_key_is_kept_with_it_masked(api, tmp_path):
+    api(Server(answer=lambda text: f"<Explanation>: {KEY}\n<Answer>: ( 1 + 1 )"))
+    for file in tmp_path.rglob("*"):
+        assert file.is_dir() or KEY.encode() not in file.read_bytes()
+
+
+@pytest.mark.parametrize(
+    "base",
+    [
+        "localhost:8000/v1",
+        "ftp://host/v1",
+        "file:///etc/passwd",
+        "http://",
+        "http:// host/v1",
+        "http://user:password@host/v1",
+        "http://user:pass/word@host/v1",
+        "user:password@host",
+        "https://host/v1?key=password",
+        "https://host/v1#password",
+        "http://host\n/v1",
+    ],
+)
+def test_an_address_that_is_no_plain_url_is_refused_and_no_password_is_shown(base):
+    with pytest.raises(UserError, match="--api-base") as error:
+        data.check_api_base(base)
+    assert "pass" not in str(error.value).replace("passwd", "") and len(str(error.value)) < 300
+
+
+@pytest.mark.parametrize(
+    "base",
+    ["http://localhost:8000/v1", "https://api.openai.com/v1/", "http://[::1]:80", "http://h"],
+)
+def test_a_plain_url_is_taken(base):
+    data.check_api_base(base)
+
+
+@pytest.mark.parametrize("key", ["sk-1\n", "sk-1\r\nX: y", "“sk-1”", "sk 1", "sk-é"])
+def test_a_key_that_no_header_can_hold_is_refused_in_one_sentence(api, monkeypatch, key):
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    with pytest.raises(UserError, match="OPENAI_API_KEY") as error:
+        api(Server())
+    assert "sk" not in str(error.value)
+
+
+# What servers reply
+
+DEEP = b'{"choices": ' + b"[" * 200_000
+GARBAGE = [
+    b'{"error": {"message": "the model said no", "code": 502}}',
+    completion("half an ans", "error"),
+    completion({"text": "x"}),
+    completion(5),
+    completion([{"type": "text"}]),
+    completion(["x"]),
+    b'{"choices": [null]}',
+    b'{"choices": [{"message": null}]}',
+    b'{"choices": {"0": 1}}',
+    b"[]",
+    b"null",
+    b"5",
+    b"",
+    b"<html>the model said no</html>",
+    b'data: {"choices": []}',
+    b"\x1f\x8b\x08\x00garbage",
+    b'{"choices": [{"message": {"content": "caf\xe9"}}]}',
+    DEEP,
+]
+
+
+@pytest.mark.parametrize("number", range(len(GARBAGE)))
+def test_a_reply_that_is_no_completion_is_told_once_and_tried_again(api, capsys, number):
+    server = Server(((200, GARBAGE[number]),) * 2)
+    samples = api(server, api_concurrency=1)
+    assert {s.answer for each in samples.values() for s in each} == {"( 1 + 1 )"}
+    assert len(server.times) == 6 + 2
+    out = capsys.readouterr().out
+    assert out.count("it is tried again") == 1 and f"{server.url}/chat/completions gave " in out
+    assert ("the model said no" in out) == (b"said no" in GARBAGE[number])
+
+
+@pytest.mark.parametrize("number", range(len(GARBAGE)))
+def test_a_server_that_never_completes_ends_in_one_sentence_and_leaves_no_sample(
+    api, monkeypatch, tmp_path, number
+):
+    monkeypatch.setattr(data, "API_TRIES", 2)
+    with pytest.raises(UserError, match="status 200") as error:
+        api(Server(((200, GARBAGE[number]),) * 100))
+    assert "\n" not in str(error.value) and len(str(error.value)) < 800
+    (path,) = (tmp_path / "samples").glob("*.jsonl")
+    assert path.read_bytes() == b""
+
+
+def test_a_content_of_parts_is_its_texts(api):
+    parts = [
+        {"type": "thinking", "thinking": "hm"},
+        {"type": "text", "text": "<Explanation>: because"},
+        {"type": "text", "text": "\n<Answer>: ( 2 + 3 )"},
+    ]
+    samples = api(Server(((200, completion(parts)),) * 2), n=1)
+    for sample in samples["toy-train-0"]:
+        assert (sample.rationale, sample.answer) == ("because", "( 2 + 3 )")
+
+
+def test_a_reply_that_only_reasons_is_a_sample_without_an_answer(api, capsys):
+    reply = completion(None, "length", reasoning_content="The answer is 3")
+    samples = api(Server(((200, reply),)), api_concurrency=1)
+    assert [s.answer for s in samples["toy-train-0"]] == [None, "( 1 + 1 )"]
+    out = capsys.readouterr().out
+    assert "1 replies had no text (finish_reason length)" in out
+    assert out.count('"reasoning_content": "The answer is 3"') == 1
+
+
+def test_lone_surrogates_of_a_reply_do_not_reach_the_cache(api, tmp_path):
+    server = Server(answer=lambda text: "<Explanation>: \ud83d and \udc00\n<Answer>: ( 1 + 1 )")
+    for _ in range(2):
+        for sample in api(server)["toy-train-0"]:
+            assert sample.rationale.encode() == b"? and ?"
+    assert len(server.times) == 6
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        (400, b'{"error": {"message": "%s", "code": "content_filter"}}' % (b"long " * 200)),
+        (403, b'{"error": {"message": "Your input was flagged", "metadata": {}}}'),
+        (403, b'{"error": {"message": "The model requires moderation"}}'),
+    ],
+)
+def test_a_filtered_question_is_a_sample_without_an_answer_and_counted(api, capsys, fault):
+    server = Server((fault,))
+    samples = api(server, api_concurrency=1)
+    assert [s.answer for each in samples.values() for s in each].count(None) == 1
+    assert len(server.times) == 6
+    assert "1 replies had no text (finish_reason content_filter)" in capsys.readouterr().out
+
+
+def test_a_403_shows_the_servers_words(api):
+    with pytest.raises(UserError, match="403.*not in your country.*OPENAI_API_KEY"):
+        api(Server(((403, b'{"error": "not in your country"}'),) * 20))
+
+
+def test_requests_have_a_name_of_their_own_and_pass_no_proxy_on_this_machine(api, monkeypatch):
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    server = Server()
+    for base in (server.url, server.url.replace("127.0.0.1", "localhost")):
+        server.url = base
+        api(server)
+    assert set(server.agents) == {"qcrd"}
+
+
+# What stays stops at once, what may pass is waited for
+
+
+@pytest.mark.parametrize(
+    ("fault", "sentence"),
+    [
+        ((404, b"no such page"), "404: no such page.*/v1.*--api-base|--api-base.*/v1"),
+        ((401, b"who?"), "401: who.*OPENAI_API_KEY"),
+        ((402, b"pay"), "402: pay"),
+        ((405, b"not so"), "405: not so.*--api-base"),
+        ((429, b'{"error": {"code": "insufficient_quota"}}'), "insufficient_quota"),
+    ],
+)
+def test_what_cannot_mend_itself_stops_at_the_first_try(api, fault, sentence):
+    server = Server((fault,) * 20)
+    with pytest.raises(UserError, match=sentence) as error:
+        api(server, api_concurrency=1)
+    assert len(server.times) == 1 and f"{server.url}/chat/completions" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("url", "reason"),
+    [
+        ("http://127.0.0.1:9/v1", "refused"),
+        ("http://no-such-host.invalid/v1", "gaierror"),
+        ("http://a..b/v1", "label"),
+    ],
+)
+def test_a_server_that_cannot_be_reached_stops_at_the_first_try(api, url, reason):
+    server = Server()
+    server.url = url
+    started = time.monotonic()
+    with pytest.raises(UserError, match=f"{re.escape(url)}.*{reason}.*--api-base"):
+        api(server)
+    assert time.monotonic() - started < 5
+
+
+def test_a_server_that_goes_away_after_its_first_answers_is_waited_for(api, monkeypatch):
+    monkeypatch.setattr(data, "API_BACKOFF", 0.2)
+    server = Server()
+
+    def leave(question: str) -> str:
+        if len(server.times) == 2:
+            server.socket.close()  # whoever asks now is refused
+            back = ThreadingHTTPServer.__new__(Server)
+            threading.Timer(0.5, restart, (back,)).start()
+        return explain(question)
+
+    def restart(back: Server) -> None:
+        back.__dict__ |= server.__dict__
+        ThreadingHTTPServer.__init__(back, server.server_address, Handler)
+        back.serve_forever()
+
+    server.answer = leave
+    assert len(api(server, api_concurrency=1)) == 3
+
+
+@pytest.mark.parametrize("after", ["inf", "nan", "1e9", "-5", "Fri, 31 Dec 2099 23:59:59 GMT", "x"])
+def test_a_wait_that_a_server_asks_for_is_finite_and_a_minute_at_most(api, monkeypatch, after):
+    waits = []
+
+    class Quick(threading.Event):
+        def wait(self, timeout: float | None = None) -> bool:
+            if timeout is None:
+                return super().wait()
+            waits.append(timeout)
+            return super().wait(min(timeout, 0.01))
+
+    monkeypatch.setattr(threading, "Event", Quick)
+    server = Server(((429, b"slow down", {"Retry-After": after}),))
+    assert len(api(server, api_concurrency=1)) == 3
+    assert waits and all(0 <= seconds <= 60 for seconds in waits)
+
+
+def test_the_first_retry_is_told_with_the_servers_words(api, capsys):
+    api(Server(((503, b"the model\nis loading"),) * 3))
+    out = capsys.readouterr().out
+    assert out.count("tried again") == 1 and "status 503: the model is loading" in out
+
+
+@pytest.mark.parametrize("fault", ["drip", "hang"])
+def test_ctrl_c_ends_at_once_while_a_server_hangs_or_drips(tmp_path, fault):
+    server = Server(("drip",) * 100, delay=0.0 if fault == "drip" else 60.0)
+    process = child(tmp_path, server)
+    while not server.times and process.poll() is None:
+        time.sleep(0.01)
+    time.sleep(0.3)
+    started = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    assert "KeyboardInterrupt" in process.communicate(timeout=20)[1].decode()
+    assert time.monotonic() - started < 3
+
+
+# Teachers that run here
+
+
+def sample_locally(folder: Path, tmp_path: Path, max_tokens: int = 8) -> dict:
+    cache = Cache(tmp_path / "samples.jsonl")
+    chat = functools.partial(data.ask, TASKS["toy"])
+    options = make_options(max_tokens=max_tokens)
+    return data.sampled(cache, data.toy_splits()["train"][:3], 2, str(folder), chat, options)
+
+
+def edit_json(path: Path, **changes: object) -> None:
+    content = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({k: v for k, v in content.items() if v is not None}))
+
+
+def test_a_tokenizer_with_token_type_ids_and_no_pad_or_end_token_is_served(tmp_path):
+    folder = tmp_path / "model"
+    save_causal(folder, chat=False)
+    edit_json(
+        folder / "tokenizer_config.json",
+        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
+        eos_token=None,
+        pad_token=None,
+    )
+    words = data.transformers.AutoTokenizer.from_pretrained(folder)
+    assert "token_type_ids" in words("Anna") and not words.pad_token and not words.eos_token
+    assert len(sample_locally(folder, tmp_path)) == 6
+
+
+def test_more_tokens_than_a_model_has_positions_is_one_sentence(tmp_path):
+    folder = tmp_path / "model"
+    save_causal(folder, chat=False)
+    with pytest.raises(UserError, match=r"--max-tokens are above its 1024"):
+        sample_locally(folder, tmp_path, max_tokens=1000)
+
+
+def test_a_quantised_checkpoint_whose_package_is_missing_is_one_sentence(tmp_path):
+    folder = tmp_path / "model"
+    save_causal(folder, chat=False)
+    for method in ("gptq", "awq", "bitsandbytes"):
+        quantized = {"quant_method": method, "bits": 4, "load_in_4bit": True, "group_size": 128}
+        edit_json(folder / "config.json", quantization_config=quantized)
+        with pytest.raises(UserError, match="--teacher .*model cannot be used") as error:
+            sample_locally(folder, tmp_path)
+        assert "\n" not in str(error.value)
+
+
+def test_a_template_that_wants_parts_gets_them(tmp_path):
+    save_causal(tmp_path / "model", chat=True)
+    words = data.transformers.AutoTokenizer.from_pretrained(tmp_path / "model")
+    chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why?"}]
+    for part in ("p.text", "p['text'] | trim"):
+        words.chat_template = (
+            "{% for m in messages %}{{ m.role }}: {% for p in m.content %}{{ "
+            + part
+            + " }}{% endfor %}{{ '\n' }}{% endfor %}assistant:"
+        )
+        assert data.as_chat(words, chat) == "system: Be brief.\nuser: Why?\nassistant:"
+    words.chat_template = "{% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}{{ messages[0].content[0].text }}"  # fmt: skip
+    assert data.as_chat(words, chat) == "Be brief.\n\nWhy?"
+
+
+def test_a_template_that_refuses_everything_is_one_sentence(tmp_path):
+    folder = tmp_path / "model"
+    save_causal(folder, chat=True)
+    for template in ("{{ raise_exception('never') }}", "{{ 1 + messages }}", "{% if %}", "hello"):
+        (folder / "chat_template.jinja").write_text(template)
+        with pytest.raises(UserError, match="chat template takes no system"):
+            sample_locally(folder, tmp_path)
+
+
+def test_a_local_models_cut_outputs_are_asked_for_again_with_more_tokens(tmp_path, capsys):
+    folder = tmp_path / "model"
+    save_causal(folder, chat=True)
+    short = sample_locally(folder, tmp_path, max_tokens=2)
+    assert "finish_reason length" in capsys.readouterr().out
+    assert sample_locally(folder, tmp_path, max_tokens=2) == short
+    assert sample_locally(folder, tmp_path, max_tokens=8) != short
+
+
+# The option as it was typed
+
+
+@pytest.mark.parametrize(
+    ("teacher", "sentence"),
+    [
+        ("toy", "--teacher toy has no samples for task my: name another"),
+        ("palm", "--teacher palm has no samples for task my: name another"),
+        ("nowhere/samples.jsonl", "--teacher nowhere/samples.jsonl: there is no such file"),
+        ("samples.csv", "--teacher samples.csv: there is no such file"),
+        ("./nowhere", "--teacher ./nowhere: there is no such file or folder"),
+        ("~/nowhere", "--teacher ~/nowhere: there is no such file or folder"),
+        ("gpt-4o", "--teacher gpt-4o .*api:gpt-4o"),
+        ("own", "--teacher own has no sample"),
+    ],
+)
+def test_a_teacher_that_is_none_is_named_as_it_was_typed(tmp_path, monkeypatch, teacher, sentence):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(data, "CACHE", tmp_path)
+    with pytest.raises(UserError, match=sentence) as error:
+        data.collect(data.Task("my"), questions(["Why A?"]), [teacher], make_options())
+    assert "Repo id" not in str(error.value)
+
+
+def test_a_home_directory_in_a_teachers_path_is_expanded(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    line = {"id": "row-0", "teacher": "me", "sample": 0, "output": "The answer is 3."}
+    (tmp_path / "mine.jsonl").write_text(json.dumps(line))
+    task = data.Task("my", numeric=True)
+    options = make_options(k=None)
+    samples = data.collect(task, questions(["Why A?"]), ["~/mine.jsonl"], options)
+    assert samples["row-0"][0].answer == "3"
+
+
+def test_a_task_file_named_toy_is_not_the_toy():
+    with pytest.raises(UserError, match="needs a --teacher"):
+        data.collect(data.Task("toy"), questions(["Why A?"]), [], make_options(task="toy.jsonl"))
+
+
+def test_a_cache_that_cannot_be_written_is_one_sentence(api, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(data, "CACHE", tmp_path / "file")
+    with pytest.raises(UserError, match="cannot be written.*QCRD_CACHE"):
+        api(Server())
+    monkeypatch.setattr(data, "CACHE", tmp_path)
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UserError, match="No space left on device.*make room"):
+        api(Server())
+
+
+@pytest.mark.parametrize(
+    ("variable", "folder"),
+    [
+        ("~/kept", "HOME/kept"),
+        ("", "HOME/.cache/qcrd"),
+        ("~nobody-of-this-name/x", "TEMPORARY/qcrd"),
+    ],
+)
+def test_the_cache_is_where_the_variable_says_or_at_home_or_among_temporary_files(
+    tmp_path, monkeypatch, variable, folder
+):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("QCRD_CACHE", variable)
+    monkeypatch.delitem(sys.modules, "data")
+    again = importlib.import_module("data")
+    expected = folder.replace("HOME", str(tmp_path)).replace("TEMPORARY", tempfile.gettempdir())
+    assert str(again.CACHE) == expected
+
+
+def test_lines_of_an_older_cache_do_not_count(api, tmp_path):
+    server = Server()
+    api(server)
+    (path,) = (tmp_path / "samples").glob("*.jsonl")
+    old = {"id": "toy-train-0", "teacher": "api:model", "sample": 0, "output": "The answer is 9."}
+    path.write_text(json.dumps(old) + "\n")
+    assert {s.answer for s in api(server)["toy-train-0"]} == {"( 1 + 1 )"}
+    assert len(server.times) == 12
