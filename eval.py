@@ -8,6 +8,11 @@ python eval.py --study ablation --seeds 5                 # a table of the paper
 python eval.py --runs runs/A runs/B --judge api:MODEL     # whose rationales are better?
 """
 
+import signal
+
+if __name__ == "__main__":  # Ctrl-C while torch is loaded ends without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import csv
 import math
 import os

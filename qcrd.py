@@ -33,13 +33,17 @@ Where this code departs from the paper, or settles what the paper leaves open:
 - The student's negatives end at the length of nine in ten of the teacher's rationales.
 """
 
+import signal
+
+if __name__ == "__main__":  # Ctrl-C while torch is loaded ends without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import json
 import math
 import os
 import random
 import re
 import shutil
-import signal
 import sys
 import time
 import zipfile

@@ -919,3 +919,13 @@ def test_two_processes_on_one_run_directory_wait_for_each_other_and_show_the_sam
     shown = [re.findall(r"^accuracy.*$", out, re.MULTILINE) for out, _ in said]
     assert shown[0] == shown[1] and len(shown[0]) == 1
     assert same_run(whole, run)
+
+
+@pytest.mark.parametrize("script", ["qcrd.py", "eval.py"])
+def test_ctrl_c_while_torch_is_loaded_ends_without_a_traceback(script, tmp_path):
+    command = [sys.executable, str(ROOT / script), "--help"]
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGINT and err == ""
