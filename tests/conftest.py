@@ -9,6 +9,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+# one thread: on calls as short as the tests' a second one costs more than it brings
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("QCRD_CACHE", tempfile.mkdtemp(prefix="qcrd-tests-"))
 REAL_DATA = ROOT.parent / "shared" / "data"
 
