@@ -907,17 +907,16 @@ def test_a_result_that_is_none_is_computed_again(whole, student, tmp_path, small
     assert same_run(whole, run)
 
 
-def test_two_processes_on_one_run_directory_wait_for_each_other_and_show_the_same(
-    whole, student, tmp_path
-):
+def test_a_process_waits_for_another_one_in_its_run_directory_and_says_so(whole, student, tmp_path):
     run = tmp_path / "run"
-    processes = [start(student, run), start(student, run)]
-    said = [process.communicate(timeout=300) for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], said
-    waited = [out for out, _ in said if "in use by another process" in out]
-    assert len(waited) == 1
-    shown = [re.findall(r"^accuracy.*$", out, re.MULTILINE) for out, _ in said]
-    assert shown[0] == shown[1] and len(shown[0]) == 1
+    with qcrd.held(run):
+        process = start(student, run)
+        line = process.stdout.readline()
+        assert f"{run} is in use by another process: waiting" in line
+        assert not list(run.glob("config.json")) and process.poll() is None
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    assert len(re.findall(r"^accuracy.*$", out, re.MULTILINE)) == 1
     assert same_run(whole, run)
 
 
