@@ -1481,7 +1481,7 @@ def finish(
     run: Path,
     options: Options,
 ) -> dict[str, float]:
-    """Save the student and the discriminator, and score the student on validation and test."""
+    """Save the student and the discriminator, and evaluate the student on both held-out splits."""
     student.model.save_pretrained(run / "student")
     student.tokenizer.save_pretrained(run / "student")
     if disc:
@@ -1560,7 +1560,8 @@ def run_command(command: Callable[[], Any]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     except OSError as error:
         said = f"error: {error.filename or 'a file'} cannot be used ({first_line(error)})."
-    print(said, file=sys.stderr)
+    if said:
+        print(said, file=sys.stderr)
     sys.exit(code)
 
 
