@@ -1,7 +1,9 @@
-"""Everything that the method is fed: tasks, the toy stories, teacher samples, and the student called tiny.
+"""Everything that the method is fed: tasks, the toy stories, teacher samples, and the student
+called tiny.
 
-A task's row becomes an `Example`; a teacher's raw text, kept in a JSON Lines cache, becomes a `Sample`: a rationale
-and an answer. Which samples are positives and which negatives is decided in qcrd.py.
+A task's row becomes an `Example`; a teacher's raw text, kept in a JSON Lines cache, becomes a
+`Sample`: a rationale and an answer. Which samples are positives and which negatives is decided in
+qcrd.py.
 """
 
 import ast
@@ -66,7 +68,8 @@ def first_line(error: Exception) -> str:
 
 @dataclass(frozen=True)
 class Example:
-    """One question: what the student reads, the label it learns, and the choices where the task has them."""
+    """One question: what the student reads, the label it learns, and the choices where the task has
+    them."""
 
     id: str
     input: str
@@ -109,9 +112,11 @@ OPERATORS: dict[type, Callable[[Any, Any], float]] = {
 
 
 def equation_value(text: str) -> float | None:
-    """The value of an equation of numbers, + - * / and brackets, as DSS's metric computes it, from its syntax tree.
+    """The value of an equation of numbers, + - * / and brackets, as DSS's metric computes it, from
+    its syntax tree.
 
-    Returns None for anything else: other symbols, more than 200 characters, a division by zero, an overflow.
+    Returns None for anything else: other symbols, more than 200 characters, a division by zero, an
+    overflow.
     """
 
     def value(node: ast.AST) -> float:
@@ -242,7 +247,8 @@ def download(url: str) -> Path:
 
 
 def parse_jsonl(raw: bytes, where: str, torn: bool = False) -> Iterator[tuple[str, dict]]:
-    """Objects of JSON Lines, each with its place; `torn` drops broken lines, as a killed writer leaves them."""
+    """Objects of JSON Lines, each with its place; `torn` drops broken lines, as a killed writer
+    leaves them."""
     for number, line in enumerate(raw.removeprefix(codecs.BOM_UTF8).split(b"\n"), 1):
         if not line.strip():
             continue
@@ -321,7 +327,8 @@ def open_release(data: str) -> zipfile.ZipFile:
         return zipfile.ZipFile(path)
     except (OSError, zipfile.BadZipFile) as error:
         raise UserError(
-            f"--data {data} is not a readable zip file ({error}): name the DSS release, datasets.zip."
+            f"--data {data} is not a readable zip file ({error}): name the DSS release,"
+            " datasets.zip."
         )
 
 
@@ -330,7 +337,8 @@ def read_member(release: zipfile.ZipFile, name: str) -> bytes:
     try:
         if release.getinfo(name).file_size > 2**30:
             raise UserError(
-                f"{release.filename}: {name} would unpack to over 1 GiB: this is not the DSS release."
+                f"{release.filename}: {name} would unpack to over 1 GiB: this is not the DSS"
+                " release."
             )
         return release.read(name)
     except KeyError:
@@ -355,8 +363,9 @@ def load_task(
 ) -> tuple[Task, dict[str, list[Example]]]:
     """The task and its splits "train", "valid" and "test".
 
-    `name` is one of TASKS or a path to a JSON Lines file with `input` and `label` in each row, and optionally `id`,
-    `choices` and `rationale`. `train_size` is a count (> 1) or a fraction of the training set. UserError if unusable.
+    `name` is one of TASKS or a path to a JSON Lines file with `input` and `label` in each row, and
+    optionally `id`, `choices` and `rationale`. `train_size` is a count (> 1) or a fraction of the
+    training set. UserError if unusable.
     """
     if name not in TASKS:
         task, splits = own_task(name)
@@ -376,7 +385,8 @@ def load_task(
 
 
 def release_splits(task: Task, data: str) -> dict[str, list[Example]]:
-    """A task of the DSS release; where it has no validation split, a tenth of the training set is held out for it."""
+    """A task of the DSS release; where it has no validation split, a tenth of the training set is
+    held out for it."""
     splits: dict[str, list[Example]] = {}
     with open_release(data) as release:
         for split in ("train", "valid", "test"):
@@ -412,7 +422,8 @@ def own_task(name: str) -> tuple[Task, dict[str, list[Example]]]:
         example = to_example(task, where, row, f"row-{number}")
         if example.id in by_id:
             raise UserError(
-                f"{where}: the id {example.id!r:.40} stands in an earlier line too: ids must differ."
+                f"{where}: the id {example.id!r:.40} stands in an earlier line too: ids must"
+                " differ."
             )
         by_id[example.id] = example
         if numeric.key(example.label) is None:
@@ -535,7 +546,8 @@ LETTER = r"""(?x)
     \A\W{0,9}
     (?:(?:either|option|choice|letter|therefore|thus|hence|indeed|most|\w+ly)[\s,:]{1,9}){0,3}
     \W{0,9} ([a-z])
-    (?: ["')] | \W{0,9}(?:$|\n) | [.:,](?!\w) | \s(?:is|because|since|as|for|-|–|—)\s | (?<![ai])\s )
+    (?: ["')] | \W{0,9}(?:$|\n) | [.:,](?!\w)
+      | \s(?:is|because|since|as|for|-|–|—)\s | (?<![ai])\s )
     (?s:.*)"""
 # What stands before a choice that is named only to be denied.
 DENIED = (
@@ -611,8 +623,10 @@ def parse_output(task: Task, example: Example, output: str) -> tuple[str, str | 
 # Teachers and their cache
 
 SYSTEM = (
-    "You are a question-answering robot. You get a question, with answer choices where there are any. Give the"
-    " explanation and the answer. Find the explanation by thinking step by step. The answer is {answer_format}."
+    "You are a question-answering robot. You get a question, with answer choices where there are"
+    " any. Give the"
+    " explanation and the answer. Find the explanation by thinking step by step. The answer is"
+    " {answer_format}."
     " Follow this output format:\n<Explanation>: the explanation\n<Answer>: the answer"
 )
 SUMS = """Question: Nina had 3 plums. She bought 4 more. How many plums does she have?
@@ -713,7 +727,8 @@ def ask(task: Task, example: Example) -> Chat:
 
 
 def as_text(system: str, user: str) -> str:
-    """A chat as text to continue, with worked examples where the paper's output format is asked for."""
+    """A chat as text to continue, with worked examples where the paper's output format is asked
+    for."""
     for answer_format, shots in SHOTS.items():
         if "<Explanation>" in system and answer_format in system:
             return f"{system}\n\n{shots}{user}\n<Explanation>:"
@@ -721,10 +736,12 @@ def as_text(system: str, user: str) -> str:
 
 
 def as_chat(tokenizer: Any, chat: Chat) -> str:
-    """A chat in the model's own template, thinking switched off where it can be, or as a text to continue.
+    """A chat in the model's own template, thinking switched off where it can be, or as a text to
+    continue.
 
-    Where the template has no system role, as Gemma 2's and Mistral's, the system text goes in front of the user's;
-    where it wants lists of parts, each text is one. ValueError if it takes none of these.
+    Where the template has no system role, as Gemma 2's and Mistral's, the system text goes in front
+    of the user's; where it wants lists of parts, each text is one. ValueError if it takes none of
+    these.
     """
     if not tokenizer.chat_template:
         return as_text(chat[0]["content"], chat[1]["content"])
@@ -760,7 +777,8 @@ MODEL_FAULTS += (RuntimeError, SafetensorError)
 def ask_model(
     requests: list[Request], chat: Callable[[Example], Chat], name: str, options: Any
 ) -> Answers:
-    """Samples of a Hugging Face model, causal or seq2seq, on this machine; UserError if it cannot be used."""
+    """Samples of a Hugging Face model, causal or seq2seq, on this machine; UserError if it cannot
+    be used."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         seq2seq = transformers.AutoConfig.from_pretrained(
@@ -810,16 +828,19 @@ def ask_model(
 
 
 def check_api_base(base: str) -> None:
-    """UserError unless it is the plain address of a server: what else it holds would be kept with the run's options."""
+    """UserError unless it is the plain address of a server: what else it holds would be kept with
+    the run's options."""
     if not re.fullmatch(r"https?://[\w.:\[\]-]+(/[^@?#\s]*)?", base):
         raise UserError(
-            f"--api-base {re.sub('.*@|[?#].*', '***', base)} (or OPENAI_BASE_URL) must read as http://localhost:8000/v1"
+            f"--api-base {re.sub('.*@|[?#].*', '***', base)} (or OPENAI_BASE_URL) must read as"
+            " http://localhost:8000/v1"
             " does; a key goes into OPENAI_API_KEY."
         )
 
 
 def cleaned(text: str) -> str:
-    """A text from outside without what UTF-8 cannot hold, and without the API's key where a server repeats it."""
+    """A text from outside without what UTF-8 cannot hold, and without the API's key where a server
+    repeats it."""
     key = os.environ.get("OPENAI_API_KEY", "")
     if len(key) >= 8:  # a shorter one, as local servers have, may be a word of any text
         text = text.replace(key, "***")
@@ -841,7 +862,8 @@ def in_thread(function: Callable[..., Any], *arguments: Any) -> Future:
 
 
 class AsItComes(urllib.request.HTTPErrorProcessor):
-    """Replies of any status are read alike, and no redirect is followed: the key goes nowhere else."""
+    """Replies of any status are read alike, and no redirect is followed: the key goes nowhere
+    else."""
 
     def http_response(self, request: Any, response: Any) -> Any:
         return response
@@ -854,14 +876,16 @@ def post(
 ) -> tuple[int, Any, bytes]:
     """(status, headers, body) of what a server replies.
 
-    Not by huggingface_hub, whose client reaches nothing with HF_HUB_OFFLINE=1: a teacher's server is not the Hub.
+    Not by huggingface_hub, whose client reaches nothing with HF_HUB_OFFLINE=1: a teacher's server
+    is not the Hub.
     """
     with opener.open(request, timeout=API_TIMEOUT) as reply:
         return reply.status, reply.headers, reply.read(API_LARGEST)
 
 
 def read_reply(raw: bytes) -> tuple[str, str]:
-    """(text, why it is empty or cut) of a chat completion; one of UNREADABLE if it is something else."""
+    """(text, why it is empty or cut) of a chat completion; one of UNREADABLE if it is something
+    else."""
     choice = json.loads(raw)["choices"][0]
     reason, content = str(choice.get("finish_reason")), choice["message"].get("content") or ""
     if isinstance(content, list):
@@ -872,7 +896,8 @@ def read_reply(raw: bytes) -> tuple[str, str]:
     return cleaned(content), "" if whole else cleaned(reason)
 
 
-# Faults of a connection that may be gone at the next try, and what a reply raises that is no chat completion.
+# Faults of a connection that may be gone at the next try, and what a reply raises that is no chat
+# completion.
 BROKEN = (TimeoutError, ConnectionResetError, BrokenPipeError, HTTPException, ssl.SSLEOFError)
 UNREADABLE = (ValueError, LookupError, TypeError, AttributeError, RecursionError)
 
@@ -880,7 +905,8 @@ UNREADABLE = (ValueError, LookupError, TypeError, AttributeError, RecursionError
 def ask_api(
     requests: list[Request], chat: Callable[[Example], Chat], name: str, options: Any
 ) -> Answers:
-    """Samples of any OpenAI-compatible server; what may pass is tried again, what stays ends in one UserError."""
+    """Samples of any OpenAI-compatible server; what may pass is tried again, what stays ends in one
+    UserError."""
     base = options.api_base or os.environ.get("OPENAI_BASE_URL") or "https://api.openai.com/v1"
     key = os.environ.get("OPENAI_API_KEY") or "none"
     check_api_base(base)
@@ -911,6 +937,9 @@ def ask_api(
                 asked = urllib.request.Request(url, json.dumps(body).encode(), headers)
                 status, about, raw = in_thread(post, opener, asked).result(API_TIMEOUT)
                 said = cleaned(f"{about.get('Location', '')} {raw.decode(errors='replace')}")
+                inside = re.search(r'"error": ?\{[^{}]*"code": ?(\d{3})\b', said)
+                if inside and status == 200:  # as some servers tell an error
+                    status = int(inside[1])
                 problem = f"status {status}: {' '.join(said.split())[:300]}"
                 with suppress(*UNREADABLE):
                     if status < 300:
@@ -934,8 +963,10 @@ def ask_api(
                 stays = not good and not isinstance(reason, BROKEN)
             if stays or attempt == API_TRIES - 1:
                 raise UserError(
-                    f"--teacher api:{name}: {url} gave {problem}: check --api-base (most end in /v1, and redirects are"
-                    " not followed), OPENAI_API_KEY, the model and the options, or start again when it is back."
+                    f"--teacher api:{name}: {url} gave {problem}: check --api-base (most end in"
+                    " /v1, and redirects are"
+                    " not followed), OPENAI_API_KEY, the model and the options, or start again"
+                    " when it is back."
                 )
             tell("it is tried again", problem)
             if over.wait(min(60, pause)):
@@ -948,18 +979,20 @@ def ask_api(
         while under_way:
             for answer in wait(under_way, return_when=FIRST_COMPLETED).done:
                 yield under_way.pop(answer), *answer.result()
-                # only now, when the sample is in the cache: a kill loses the requests under way and no more
+                # only now, when the sample is in the cache: a kill loses the requests under way and
+                # no more
                 under_way |= {in_thread(one, r): r for r in islice(left, 1)}
     finally:
         over.set()
 
 
 class Cache:
-    """Raw teacher outputs in a JSON Lines file, `{"asked", "id", "teacher", "sample", "output"}`, safe against kill -9.
+    """Raw teacher outputs in a JSON Lines file, `{"asked", "id", "teacher", "sample", "output"}`,
+    safe against kill -9.
 
-    A sample is one appended line; "asked" is a digest of what was asked, and "max_tokens" stands beside an output that
-    was empty or cut. The lock keeps writers from mixing lines, and a line that a killed writer left unfinished is
-    closed before the next is appended; loading drops it.
+    A sample is one appended line; "asked" is a digest of what was asked, and "max_tokens" stands
+    beside an output that was empty or cut. The lock keeps writers from mixing lines, and a line
+    that a killed writer left unfinished is closed before the next is appended; loading drops it.
     """
 
     def __init__(self, path: Path) -> None:
@@ -968,7 +1001,8 @@ class Cache:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """By one process at a time; says what it waits for. UserError if the file cannot be written."""
+        """By one process at a time; says what it waits for. UserError if the file cannot be
+        written."""
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             try:
@@ -982,11 +1016,13 @@ class Cache:
                     os.fsync(file.fileno())
         except (OSError, NotImplementedError) as error:
             raise UserError(
-                f"{self.path} cannot be written ({first_line(error)}): make room, or name a folder in QCRD_CACHE."
+                f"{self.path} cannot be written ({first_line(error)}): make room, or name a folder"
+                " in QCRD_CACHE."
             )
 
     def load(self, max_tokens: int = 0) -> dict[tuple[str, int], str]:
-        """Output by (asked, sample), unless it was cut at fewer than `max_tokens`; the first of duplicates counts."""
+        """Output by (asked, sample), unless it was cut at fewer than `max_tokens`; the first of
+        duplicates counts."""
         outputs: dict[Any, Any] = {}
         for _, row in parse_jsonl(read_file(self.path), str(self.path), torn=True):
             if (row.get("max_tokens") or max_tokens) >= max_tokens:
@@ -1010,7 +1046,8 @@ def sampled(
     chat: Callable[[Example], Chat],
     options: Any,
 ) -> dict[tuple[str, int], str]:
-    """K outputs of each question by (id, sample): from the cache, and what is missing from the teacher, into the cache."""
+    """K outputs of each question by (id, sample): from the cache, and what is missing from the
+    teacher, into the cache."""
     keys: dict[tuple[str, int], tuple[str, int]] = {}  # in the cache, by (id, sample)
     wanted: dict[tuple[str, int], Request] = {}  # by key, so that the same question is asked once
     for example in examples:
@@ -1037,7 +1074,8 @@ def sampled(
     if lacks:
         reasons = ", ".join(sorted(set(lacks)))
         print(
-            f"{len(lacks)} replies had no text (finish_reason {reasons}) or were cut; if it is length, raise --max-tokens."
+            f"{len(lacks)} replies had no text (finish_reason {reasons}) or were cut; if it is"
+            " length, raise --max-tokens."
         )
     return {place: known[key] for place, key in keys.items()}
 
@@ -1046,18 +1084,21 @@ SAMPLE = {"id": str, "teacher": str, "sample": int, "output": str}
 
 
 def read_samples(path: str) -> Iterator[tuple[str, str, int, str]]:
-    """(id, teacher, sample, output) of a file of samples; UserError names the line that has not all four."""
+    """(id, teacher, sample, output) of a file of samples; UserError names the line that has not all
+    four."""
     for where, row in parse_jsonl(read_file(Path(path)), path):
         for name, kind in SAMPLE.items():
             if type(row.get(name)) is not kind:
                 raise UserError(
-                    f"{where} has no usable {name!r}: id, teacher and output are texts, sample is a whole number."
+                    f"{where} has no usable {name!r}: id, teacher and output are texts, sample is"
+                    " a whole number."
                 )
         yield row["id"], row["teacher"], row["sample"], row["output"]
 
 
 def palm_outputs(task: Task, data: str) -> Iterator[tuple[str, str, int, str]]:
-    """The PaLM-540B completions of the DSS release, one for each training question, in the order of the rows."""
+    """The PaLM-540B completions of the DSS release, one for each training question, in the order of
+    the rows."""
     folder, outputs = f"datasets/{task.folder}", []
     with open_release(data) as release:
         name = f"{folder}/{task.folder}_train.json"
@@ -1071,7 +1112,8 @@ def palm_outputs(task: Task, data: str) -> Iterator[tuple[str, str, int, str]]:
                 raise UserError(f"{data}: {name} is no JSON array ({error}): download it again.")
     if [type(output) for output in outputs] != [str] * rows:
         raise UserError(
-            f"{data} has {len(outputs)} PaLM samples for {rows} training questions of {task.name}, or some that are no"
+            f"{data} has {len(outputs)} PaLM samples for {rows} training questions of {task.name},"
+            " or some that are no"
             " texts; only their order tells whose they are: download the file again."
         )
     for i, output in enumerate(outputs):
@@ -1122,11 +1164,13 @@ def collect(
         for id, name, n, output in outputs_of(teacher, task, examples, options):
             if id in by_id and outputs.setdefault((id, name, n), output) != output:
                 raise UserError(
-                    f"--teacher {teacher}: sample {n} of {id!r} is there twice, also as {output[:99]!r}: number them."
+                    f"--teacher {teacher}: sample {n} of {id!r} is there twice, also as"
+                    f" {output[:99]!r}: number them."
                 )
         if not outputs:
             raise UserError(
-                f"--teacher {teacher} has no sample of {task.name}: ids must match, such as {examples[0].id!r}."
+                f"--teacher {teacher} has no sample of {task.name}: ids must match, such as"
+                f" {examples[0].id!r}."
             )
         readable = False
         for (id, name, _), output in outputs.items():
@@ -1137,7 +1181,8 @@ def collect(
             readable |= task.key(sample.answer) is not None
         if not readable:
             raise UserError(
-                f"--teacher {teacher}: no answer can be read in any of {len(outputs)} replies, such as {output[:200]!r}."
+                f"--teacher {teacher}: no answer can be read in any of {len(outputs)} replies,"
+                f" such as {output[:200]!r}."
             )
     most = max(map(len, samples.values()))
     if options.k and options.k > most:
@@ -1155,13 +1200,15 @@ def default_teacher(task: Task, examples: list[Example], options: Any) -> str:
             f"--task {options.task} needs a --teacher: a model, api:MODEL, or a file of samples."
         )
     print(
-        "Teacher: palm, one sample a question, so there is nothing to vote on; --teacher MODEL with --k brings more."
+        "Teacher: palm, one sample a question, so there is nothing to vote on; --teacher MODEL"
+        " with --k brings more."
     )
     return "palm"
 
 
 # --------------------------------------------------------------------------------------------------
-# The built-in task: toy, stories with sums that can be checked exactly, and tiny, a student for them
+# The built-in task: toy, stories with sums that can be checked exactly, and tiny, a student for
+# them
 
 NAMES = ["Anna", "Ben", "Carla", "David", "Emma"]
 THINGS = ["apples", "books", "cards", "coins", "eggs"]
@@ -1176,7 +1223,8 @@ VERBS = {
 LINKS = {"got": "from", "gave": "to"}  # before the other person of a gift
 MATTERS = 0.75  # how often an event is about the thing asked for
 LARGEST = 20  # no count goes beyond: small enough for a tiny student to learn the sums by heart
-# How many events a question has, each of these equally often; with more of three, chance decides which seeds learn them.
+# How many events a question has, each of these equally often; with more of three, chance decides
+# which seeds learn them.
 EVENTS = (1, 1, 1, 1, 2, 2, 2, 2, 2, 3)
 TOY_VERSION = 5  # raised when the stories change, so that old samples are not taken for theirs
 TOY_SIZES = {"train": 2000, "valid": 500, "test": 1000}
@@ -1216,7 +1264,8 @@ class Event:
 
 @dataclass(frozen=True)
 class Story:
-    """A question about how many `thing` somebody has in the end, after events of which only some matter."""
+    """A question about how many `thing` somebody has in the end, after events of which only some
+    matter."""
 
     person: str
     thing: str
@@ -1283,7 +1332,8 @@ def toy_splits() -> dict[str, list[Example]]:
 
 
 def is_valid(example: Example, rationale: str) -> bool | None:
-    """The exact check: every step right, all steps and no other in order, and the gold value as the last number.
+    """The exact check: every step right, all steps and no other in order, and the gold value as the
+    last number.
 
     None for tasks whose rationales cannot be checked.
     """
@@ -1299,7 +1349,8 @@ def is_valid(example: Example, rationale: str) -> bool | None:
 def wrong_events(
     rng: random.Random, right: list[tuple[Event, int]], others: list[Event]
 ) -> list[tuple[Event, int]]:
-    """What somebody counts who gets one thing wrong: an operation, a number, a step left out or a step too many."""
+    """What somebody counts who gets one thing wrong: an operation, a number, a step left out or a
+    step too many."""
     used, i = list(right), rng.randrange(len(right))
     event, change = used[i]
     error = rng.choice(["operation", "number", "left out", "too many"])
@@ -1336,9 +1387,11 @@ STYLES = [  # how an explanation opens, tells a step, and closes
 
 
 def think(rng: random.Random, story: Story, error_rate: float) -> str:
-    """One sample of the built-in teacher: an explanation and the answer that follows from it, in the paper's format.
+    """One sample of the built-in teacher: an explanation and the answer that follows from it, in
+    the paper's format.
 
-    With probability `error_rate` the reasoning goes wrong as a person's would, and so does the answer.
+    With probability `error_rate` the reasoning goes wrong as a person's would, and so does the
+    answer.
     """
     told = [(event, event.change(story.person, story.thing)) for event in story.events]
     right = [(event, change) for event, change in told if change]
@@ -1376,7 +1429,8 @@ TINY_SHAPE: Any = {
 
 
 def told_story(rng: random.Random) -> str:
-    """A pretraining text: a story told with running totals, half of them without distractors; nothing is asked."""
+    """A pretraining text: a story told with running totals, half of them without distractors;
+    nothing is asked."""
     story, plain = random_story(rng, rng.randint(1, 3)), rng.random() < 0.5
     count, told = story.start, [f"{story.person} had {story.start} {story.thing}."]
     for event in story.events:
@@ -1390,7 +1444,8 @@ def told_story(rng: random.Random) -> str:
 
 
 def tiny_tokenizer(rng: random.Random) -> transformers.T5Tokenizer:
-    """A T5 tokenizer of the pieces that SentencePiece's BPE finds in the stories and the teacher's samples."""
+    """A T5 tokenizer of the pieces that SentencePiece's BPE finds in the stories and the teacher's
+    samples."""
     texts = []
     for _ in range(2000):
         story = random_story(rng, rng.randint(1, 3))
@@ -1412,7 +1467,8 @@ def tiny_tokenizer(rng: random.Random) -> transformers.T5Tokenizer:
         minloglevel=2,
     )
     pieces = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
-    # T5Tokenizer looks for the split of the highest total score: with -1 a piece that is the one of fewest pieces
+    # T5Tokenizer looks for the split of the highest total score: with -1 a piece that is the one of
+    # fewest pieces
     return transformers.T5Tokenizer(
         vocab=[(pieces.id_to_piece(i), -1.0) for i in range(len(pieces))], extra_ids=20
     )
@@ -1421,8 +1477,9 @@ def tiny_tokenizer(rng: random.Random) -> transformers.T5Tokenizer:
 def corrupt_spans(
     rng: random.Random, ids: list[int], sentinels: list[int]
 ) -> tuple[list[int], list[int]]:
-    """T5's span corruption (arXiv 1910.10683, 3.1.4) in spans of three on average, at twice T5's rate of 15%: most
-    words of so plain stories cannot be guessed, so that more of them must be asked for."""
+    """T5's span corruption (arXiv 1910.10683, 3.1.4) in spans of three on average, at twice T5's
+    rate of 15%: most words of so plain stories cannot be guessed, so that more of them must be
+    asked for."""
     source, target, i, used = [], [], 0, 0
     while i < len(ids):
         if rng.random() < 0.3 / 3 / 0.7 and used < len(sentinels):
@@ -1437,7 +1494,8 @@ def corrupt_spans(
 
 
 def tiny_student() -> Path:
-    """The folder of the built-in student, made on first use: T5 of 2 + 2 layers, pretrained by span corruption."""
+    """The folder of the built-in student, made on first use: T5 of 2 + 2 layers, pretrained by span
+    corruption."""
     path = CACHE / f"tiny-{TOY_VERSION}"
     if path.exists():
         return path
@@ -1461,7 +1519,8 @@ def pretrain_tiny(
     tokenizer: transformers.T5Tokenizer,
     rng: random.Random,
 ) -> None:
-    """Span corruption on told stories, on one thread: rounding, and so the student, does not depend on the cores."""
+    """Span corruption on told stories, on one thread: rounding, and so the student, does not depend
+    on the cores."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     sentinels: Any = tokenizer.convert_tokens_to_ids([f"<extra_id_{i}>" for i in range(20)])

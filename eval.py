@@ -30,12 +30,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from safetensors import SafetensorError
 from safetensors.torch import load_model
 from tqdm import tqdm
 
 import data
 import qcrd
-from data import Example, UserError
+from data import Example, UserError, first_line
 from qcrd import (
     Discriminator,
     Question,
@@ -140,7 +141,11 @@ def open_run(
     disc = None
     if own.disc != "none":
         disc = qcrd.make_discriminator(student, own)
-        load_model(disc, path / "discriminator.safetensors")
+        weights = path / "discriminator.safetensors"
+        try:
+            load_model(disc, weights)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            raise UserError(f"{weights} is damaged ({first_line(error)}): train the run again.")
     return path, student, disc, own
 
 
@@ -223,11 +228,12 @@ def show(folder: str, options: Options) -> None:
             show_losses(own, rationales, losses, known)
 
 
-WEIGHTS = """Each rationale, l in nats per token under the student now, D's score s where it was asked, and what
-scheme {} made of it. The weight is share * s of a positive (eq. 6), divided by the mean s of the
-positives chosen with it unless --quality is printed, and share * (1 - s) of a negative (eq. 7);
-without D, and in scheme wmean, it is the share. It multiplies l of a positive (eq. 4), and of a
-negative min(l - delta, 0), which is 0 beyond the margin (eq. 5)."""
+WEIGHTS = """
+Each rationale, l in nats per token under the student now, D's score s where it was asked, and
+what scheme {} made of it. The weight is share * s of a positive (eq. 6), divided by the mean s of
+the positives chosen with it unless --quality is printed, and share * (1 - s) of a negative
+(eq. 7); without D, and in scheme wmean, it is the share. It multiplies l of a positive (eq. 4),
+and of a negative min(l - delta, 0), which is 0 beyond the margin (eq. 5)."""
 
 
 def show_losses(
@@ -317,8 +323,10 @@ def compare(options: Options) -> None:
 
 # --------------------------------------------------------------------------------------------------
 # Studies. A table of the paper is a list of rows, and a row is the options in which a run differs
-# from the whole method by default. "against" names the row that it is compared with: dss on the same
-# questions, samples and labels. A fixed student is named by its row. Studies share equal rows' runs.
+# from the whole method by default. "against" names the row that it is compared with: dss on the
+# same
+# questions, samples and labels. A fixed student is named by its row. Studies share equal rows'
+# runs.
 
 STUDIES: dict[str, dict[str, dict[str, Any]]] = {
     "methods": {
@@ -456,7 +464,8 @@ def run_missing(runs: list[Run], jobs: int) -> None:
         else:
             waiting.append(run)
     print(
-        f"{len(runs)} runs, {len(waiting)} of them to be made, {jobs} at a time. How long that takes"
+        f"{len(runs)} runs, {len(waiting)} of them to be made, {jobs} at a time. How long that"
+        " takes"
         " stands right of the bar once one has ended."
     )
     os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // jobs))

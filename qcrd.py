@@ -189,7 +189,7 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 # The student `tiny` has a preset too, chosen on its validation split.
 TINY = {"rounds": 10, "batch_size": 16, "delta": 1.0}
-TINY |= {"disc_lr": 1e-3, "disc_steps": 300, "disc_every": 8}
+TINY |= {"disc_lr": 1e-3, "disc_steps": 800, "disc_every": 8}
 TINY_LR = {"finetune": 1e-3, "single": 5e-3, "dss": 3e-3, "mi": 3e-3, "qcrd": 3e-3}
 
 
@@ -268,7 +268,8 @@ def distinct(texts: Iterable[str]) -> list[str]:
 
 
 # --------------------------------------------------------------------------------------------------
-# The losses: pure functions. T rationales of N questions stand in one row: l[t] is l(f(x), r_t), the
+# The losses: pure functions. T rationales of N questions stand in one row: l[t] is l(f(x), r_t),
+# the
 # token-mean cross-entropy of rationale t under the student f, in nats per token.
 
 # How the positives and the negatives of a question are chosen, many-to-one.
@@ -417,7 +418,7 @@ def make_optimizers(
 # How many tokens are computed at once, padding counted: these bound the memory, and little is
 # padding. Rationales a group: as many as fill a GPU, or as stay in a CPU's caches.
 GROUP_TOKENS_GPU, GROUP_FLOATS_CPU = 4096, 2**18
-MICRO_BATCH_TOKENS, WRITE_TOKENS = 3072, 32768  # questions a backward pass, or answered at once
+MICRO_BATCH_TOKENS, WRITE_TOKENS = 6144, 32768  # a backward pass, or answered at once
 LEAST_ROOM = 1 / 512  # with less, every piece is a single question
 
 
@@ -516,19 +517,21 @@ class Student:
         logits = self.logits(encoded, self.tensor(row), labels)
         return logits.softmax(2).masked_fill(labels[..., None] == -100, 0).amax(1)
 
-    def at_once(self, count: int, length: int, tokens: int) -> int:
+    def at_once(self, count: int, length: float, tokens: int) -> int:
         """How many of `count` sequences of this length are computed at once: as many as make
         `tokens` tokens, one at least; less where memory has run out."""
         return max(1, int(self.room * min(count, tokens / length)))
 
     def micro_batches(
-        self, questions: list[Question], rationales: list["Rationale"], times: int = 1
+        self, questions: list[Question], rationales: list["Rationale"], times: float = 2
     ) -> Iterator[tuple[list[Question], list["Rationale"]]]:
         """The questions of a backward pass each, with their rationales, whose rows are those in
-        the part; times: how often each question is read."""
+        the part. times: how often a question is read, by default with predict: and explain:."""
         longest = max(len(self.ids(q.example.input, self.max_input)) for q in questions)
+        targets = sum(len(self.ids(r.text, self.max_target)) for r in rationales)
         most = self.micro_batch or len(questions)
-        size = self.at_once(most, times * longest, MICRO_BATCH_TOKENS)
+        tokens = times * longest + targets / len(questions)  # a question
+        size = self.at_once(most, tokens, MICRO_BATCH_TOKENS)
         for first in range(0, len(questions), size):
             those = [r for r in rationales if first <= r.row < first + size]
             yield questions[first : first + size], [replace(r, row=r.row - first) for r in those]
@@ -742,7 +745,7 @@ def disc_gradients(
     total = disc_terms(rationales, options.disc_loss)
     if not total:
         return {}
-    times = math.ceil(len(rationales) / len(questions))
+    times = len(rationales) / len(questions)  # D reads the question with each
     losses, scores = [], []
     for some, those in student.micro_batches(questions, rationales, times):
         if those:
@@ -779,7 +782,8 @@ def train_step(
     step: int,
     options: Options,
 ) -> dict[str, float]:
-    """One step of both optimizers on a batch, and its figures. UserError if a loss is not finite."""
+    """One step of both optimizers on a batch, and its figures. UserError if a loss is not
+    finite."""
     arguments = questions, self_negatives, round_, step, options
     figures = student.fit(step_gradients, student, disc, *arguments)
     if not all(map(math.isfinite, figures.values())):
@@ -932,7 +936,8 @@ def pretrain_disc(
     optimizer: torch.optim.Optimizer,
     options: Options,
 ) -> None:
-    """Train D on the teacher's positives and as many negatives, some of them corrupted positives."""
+    """Train D on the teacher's positives and as many negatives, some of them corrupted
+    positives."""
     rng = random.Random(step_seed(options.seed, 0, "disc"))
     torch.manual_seed(step_seed(options.seed, 0, "disc"))
     known = [q for q in questions if q.positives and not q.held_out]
@@ -1127,6 +1132,9 @@ def load_student(name: str, options: Options) -> Student:
     how: dict[str, Any] = {"dtype": torch.float32, "trust_remote_code": False}
     if name == "tiny":
         how["attn_implementation"] = "eager"  # 4% faster for matrices so small
+        if "OMP_NUM_THREADS" not in os.environ:
+            # two were 5 to 10% faster, and several times slower beside other work
+            torch.set_num_threads(1)
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
         model: Any = AutoModelForSeq2SeqLM.from_pretrained(place, **how)
@@ -1156,7 +1164,8 @@ def try_student(student: Student) -> None:
     longest = getattr(model.config, "max_position_embeddings", None) or student.max_input
     if longest < student.max_input:
         print(
-            f"--student {model.name_or_path} reads {longest} tokens at most, which is now --max-input."
+            f"--student {model.name_or_path} reads {longest} tokens at most, which is now"
+            " --max-input."
         )
         student.max_input, student.max_target = longest, min(longest, student.max_target)
     start = model.prepare_decoder_input_ids_from_labels(student.tensor([[0]]))[0, 0]

@@ -1,4 +1,5 @@
-"""Shared by the tests: the project on the path, a cache of their own, the real data where it is present."""
+"""Shared by the tests: the project on the path, a cache of their own, the real data where it is
+present."""
 
 import os
 import sys

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers import (
     BartForConditionalGeneration,
     BertConfig,
@@ -441,6 +442,25 @@ def test_tiny_knows_its_own_task(place, capfd, monkeypatch):
     assert "does not know" not in capfd.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("name", "asked", "threads"), [("tiny", None, 1), ("tiny", "2", 2), ("student", None, 2)]
+)
+def test_tiny_is_trained_on_one_thread_unless_more_are_asked_for(
+    place, monkeypatch, name, asked, threads
+):
+    monkeypatch.setattr(data, "tiny_student", lambda: Path("student"))
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    if asked:
+        monkeypatch.setenv("OMP_NUM_THREADS", asked)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        qcrd.load_student(name, make_options())
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_a_read_only_place_is_one_sentence(place, capfd):
     Path("file").write_text("")
     with pytest.raises(UserError, match="--out"):
@@ -470,7 +490,8 @@ def test_negatives_of_a_fixed_student_need_its_run_also_beside_a_folder_called_s
 
 
 def test_both_parsers_survive_anything():
-    """A seeded fuzz of both parsers: pieces that mean something to them, shuffled, and any characters at all."""
+    """A seeded fuzz of both parsers: pieces that mean something to them, shuffled, and any
+    characters at all."""
     rng, count = random.Random(0), int(os.environ.get("QCRD_FUZZ", "5000"))
     pieces = ["(", ")", "1", "23", ".", "5", "+", "-", "*", "/", "**", " ", "\n", "Q:", "Premise:", "<Answer>:", "Answer:", "So the answer is", "(a)", "(z)", "yes", "$", ",", "é", "\x00", "\ud800", "Rationale:", "x" * 50, "9" * 60]  # fmt: skip
     examples = [(data.TASKS["svamp"], data.Example("s", "q", "1")), (data.TASKS["cqa"], data.Example("c", "q", "yes", ("yes", "no (a)", "+"))), (data.Task("own"), data.Example("o", "q", "l"))]  # fmt: skip

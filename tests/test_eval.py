@@ -155,6 +155,13 @@ def test_a_config_with_an_option_that_is_no_more_is_told(copy):
         evaluation.main(["--runs", str(copy)])
 
 
+@pytest.mark.parametrize("left", [b"", b"not weights at all"])
+def test_a_damaged_discriminator_is_told(copy, left):
+    (copy / "discriminator.safetensors").write_bytes(left)
+    with pytest.raises(UserError, match="safetensors is damaged.*train the run again"):
+        evaluation.main(["--runs", str(copy)])
+
+
 def test_messages_name_the_option_that_was_typed(copy, tmp_path):
     with pytest.raises(UserError, match=f"{tmp_path}/nothing is not the directory"):
         evaluation.main(["--runs", str(tmp_path / "nothing")])

@@ -4,6 +4,7 @@ what happens where memory runs out."""
 import functools
 import random
 from copy import deepcopy
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
@@ -273,6 +274,29 @@ def test_a_micro_batch_is_so_many_questions_at_most():
         assert those == qcrd.rationales_of(some, self_negatives)
     student.micro_batch = 0
     assert list(student.micro_batches(questions, rationales)) == [(questions, rationales)]
+
+
+def test_a_micro_batch_is_as_many_questions_as_make_so_many_tokens(monkeypatch):
+    student = small_student(make_options())
+    questions, self_negatives = a_batch()
+    rationales = qcrd.rationales_of(questions, self_negatives)
+
+    def sizes(*how: Any) -> list[int]:
+        return [len(some) for some, _ in student.micro_batches(questions, *how)]
+
+    # inputs of 100 tokens and six rationales of 50 in all, so that a question makes 250: it is read
+    # after predict: and after explain:
+    monkeypatch.setattr(student, "ids", lambda text, limit: [0] * (100 if " " in text else 50))
+    for q in questions:
+        q.example = data.Example(q.example.id, "an input", "")
+    six = [replace(rationales[0], row=row, text="r") for row in range(6)]
+    monkeypatch.setattr(qcrd, "MICRO_BATCH_TOKENS", 999)
+    assert sizes(six) == [3, 3]
+    monkeypatch.setattr(qcrd, "MICRO_BATCH_TOKENS", 1000)
+    assert sizes(six) == [4, 2] and sizes([]) == [5, 1]
+    assert sizes(six, 4) == [2, 2, 2]  # each question read four times
+    monkeypatch.setattr(qcrd, "MICRO_BATCH_TOKENS", 1)
+    assert sizes(six) == [1] * 6
 
 
 def test_a_step_is_eq_8_with_the_decay_of_alpha_3_and_mis_loss():

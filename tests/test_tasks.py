@@ -1,4 +1,5 @@
-"""What comes from people: tasks of their own, downloads, folders; and how often the toy's teacher errs."""
+"""What comes from people: tasks of their own, downloads, folders; and how often the toy's teacher
+errs."""
 
 import json
 import math

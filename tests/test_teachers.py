@@ -1,4 +1,5 @@
-"""Teachers and their cache against real parts: a loopback server with faults, a local model, killed processes."""
+"""Teachers and their cache against real parts: a loopback server with faults, a local model, killed
+processes."""
 
 import functools
 import importlib
@@ -43,7 +44,8 @@ def explain(question: str) -> str:
 
 
 class Server(ThreadingHTTPServer):
-    """Chat completions on loopback; `faults` are played one a request before it answers properly."""
+    """Chat completions on loopback; `faults` are played one a request before it answers
+    properly."""
 
     daemon_threads = True
     request_queue_size = 128
@@ -134,7 +136,8 @@ class Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def api(monkeypatch, tmp_path):
-    """A function that samples the first `n` toy questions from a server, and the place of the cache."""
+    """A function that samples the first `n` toy questions from a server, and the place of the
+    cache."""
     monkeypatch.setattr(data, "CACHE", tmp_path)
     monkeypatch.setattr(data, "API_BACKOFF", 0.01)
     monkeypatch.setattr(data, "API_TIMEOUT", 1.0)
@@ -513,7 +516,8 @@ def questions(texts: list[str]) -> list[data.Example]:
 
 @pytest.fixture
 def ask(api):
-    """A function that samples questions of a task of one's own from a server: rationales by question."""
+    """A function that samples questions of a task of one's own from a server: rationales by
+    question."""
 
     def sample(server: Server, texts: list[str], **changes: object) -> dict[str, set[str]]:
         options = make_options(teacher=["api:m"], api_base=server.url, k=2, **changes)
@@ -863,6 +867,7 @@ def test_requests_have_a_name_of_their_own_and_pass_no_proxy_on_this_machine(api
         ((401, b"who?"), "401: who.*OPENAI_API_KEY"),
         ((402, b"pay"), "402: pay"),
         ((405, b"not so"), "405: not so.*--api-base"),
+        ((200, b'{"error": {"message": "no such user", "code": 401}}'), "401.*no such user"),
         ((429, b'{"error": {"code": "insufficient_quota"}}'), "insufficient_quota"),
     ],
 )
