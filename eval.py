@@ -46,10 +46,10 @@ from qcrd import (
     evaluate,
     explain_losses,
     flag,
-    negatives_of,
     option,
     prepare,
     rationales_of,
+    read_negatives,
     read_object,
     set_scores,
     show_predictions,
@@ -195,7 +195,7 @@ def show(folder: str, options: Options) -> None:
     """
     path, student, disc, own = open_run(folder, options)
     task, splits, samples, questions = prepare(own)
-    self_negatives = negatives_of(student, questions, own.rounds - 1, path, own)
+    self_negatives = read_negatives(questions, own.rounds - 1, path, own)
     wanted = [q for q in questions if q.example.id == options.show]
     if not wanted and not re.fullmatch("[1-9][0-9]*", options.show):
         raise UserError(

@@ -11,26 +11,28 @@ A small seq2seq model, the student, learns to answer questions from a large mode
    are negatives. More negatives are what the student itself wrote some rounds ago.
 3. A discriminator D scores every rationale: s near 1 is a good one, s near 0 a bad one.
 4. The student learns the label, and a contrastive loss that makes a positive likelier and a
-   negative less likely, each weighed by its score.
-5. Every few steps D learns from the same rationales.
+   negative less likely, each weighted by its score.
+5. Every few steps D learns from all rationales of some of the same questions.
 
 Where this code departs from the paper, or settles what the paper leaves open:
 - An iteration is a round: one pass over the training set, at most 500 steps. There are 20 rounds.
 - In the rounds before round j the negatives are those of the oldest student there is, of round 0.
 - No old student is kept: what the student writes now is stored, and used j rounds later.
-- Eq. 2 does not see a shift of all scores, and D drifts: D learns by binary cross-entropy
+- Eq. 2 is invariant to a shift of all scores, and D drifts: D learns by binary cross-entropy
   (--disc-loss paper: eq. 2).
-- The chosen rationale's own score weighs it (eqs. 6, 7), detached: L_cl never trains D.
-- Positives' weights are divided by their mean over the batch, so that only shares count
-  (--quality printed: eq. 6 as it stands).
+- The score in eqs. 6 and 7 is the chosen rationale's own, detached: L_cl never trains D.
+- Positives' scores are divided by their mean over the batch, so that they decide which positive
+  counts more and not how much positives count (--quality printed: eq. 6 as it stands).
 - D's encoder is a trained copy of the student's (--disc shared: the student's own encoder).
-- With a copy, alpha_3 does nothing: AdamW does not feel a factor on a loss whose parameters no
-  other loss touches.
-- Which rationale is chosen, and whether it is beyond the margin, is decided without dropout.
+- With a copy, alpha_3 does little: AdamW is invariant to a constant factor on a loss whose
+  parameters no other loss touches.
+- Rationales are chosen without dropout; the margin counts there and, with dropout, in the loss.
+- D learns from a random quarter of a batch, and never from every tenth question, on which its AUC
+  is computed.
 - The gradients of student and discriminator are clipped apart, each at norm 1.
 - A question without positives or negatives has 0 in that term. A tie in the vote goes to the
   answer that came first.
-- The student's negatives end at the length of nine in ten of the teacher's rationales.
+- The student's negatives are cut at the 90th percentile of the positives' lengths in tokens.
 """
 
 import signal
@@ -51,7 +53,7 @@ import zlib
 from argparse import HelpFormatter
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache, partial
@@ -158,7 +160,9 @@ class TrainingOptions:
     rounds: int = option(20, "The paper's iterations.")
     round_steps: int = option(0, "The steps in a round; 0: a pass over the data, at most 500.")
     batch_size: int = option(64, "The questions a step.")
-    micro_batch: int = option(0, "The questions a backward pass; 0: as many as fit into memory.")
+    micro_batch: int = option(
+        0, "The most questions in a backward pass; 0: as many as fit into memory."
+    )
     lr: float = option(5e-5, "AdamW's learning rate, which falls linearly to 0.")
     max_input: int = option(1024, "The number of tokens at which inputs are cut.")
     max_target: int = option(256, "The number of tokens at which labels and rationales are cut.")
@@ -176,8 +180,9 @@ class Options(TrainingOptions, MethodOptions, TaskOptions):
     """All options. Their defaults are qcrd's, with DSS's batch and learning rate."""
 
 
-# A method is a preset of options, and any of them can be set by hand. Only `single` needs a line of
-# its own, in vote.
+# A method is a preset of options, and any of them can be set by hand. finetune learns labels alone;
+# single one text, a rationale and then the label; dss (Distilling Step-by-Step, arXiv 2305.02301)
+# label and rationale as two tasks; mi adds a loss on their mutual information (arXiv 2403.03348).
 NO_RATIONALES = {"positives": "none", "negatives": "none", "disc": "none", "alpha1": 1.0}
 ONE_RATIONALE = {"positives": "one", "negatives": "none", "disc": "none"}
 METHODS: dict[str, dict[str, Any]] = {
@@ -249,7 +254,7 @@ def vote(
         if options.labels == "teacher":
             label = of_question[positives[0]].answer if positives else None
         if label is None:
-            continue  # without a gold label a question without a vote teaches nothing
+            continue  # no answer of the teacher could be read
         if options.method == "single":  # one target: rationale, then label
             label = " ".join([*first, ANSWER_MARK, label])
         voted = distinct(rationales[i] for i in positives)
@@ -283,10 +288,11 @@ SCHEMES = {
 
 
 def shares(l: list[float], pick: str, quality: list[float] | None = None) -> list[float]:
-    """What share each of a question's positives, or negatives, has in its term (eqs. 4, 5).
+    """What share each of a question's positives, or negatives, has in its term.
 
-    l are their n losses in nats per token, quality their n qualities, which "weighted" shares by.
-    The n shares add up to 1.
+    The paper's MinMax picks "min" of the positives (eq. 4) and "max" of the negatives (eq. 5). l
+    are their n losses in nats per token, quality their n qualities, which "weighted" shares by. The
+    n shares add up to 1.
     """
     if pick == "mean":
         return [1 / len(l)] * len(l)
@@ -328,15 +334,16 @@ def contrastive_loss(
     beta: float = 0.2,
     delta: float = 3.0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """L_cl of n questions (eqs. 3 to 7) and its two terms: three scalars, (L_cl, L_pos, L_neg).
+    """L_cl of n questions (eq. 3) and its two terms: three scalars, (L_cl, L_pos, L_neg).
 
     l in nats per token, weight and is_pos are (T,). A rationale's weight is its share in its
-    question's term times its quality; it gets no gradient: L_cl never trains D.
+    question's term (eqs. 4, 5) times its quality (eqs. 6, 7); it gets no gradient: L_cl never
+    trains D.
     """
     weight = weight.detach()
-    L_pos = torch.where(is_pos, weight * l, 0).sum() / n  # eqs. 4, 6
+    L_pos = torch.where(is_pos, weight * l, 0).sum() / n
     # min(l - delta, 0): a negative that is already unlikely pushes no more
-    L_neg = torch.where(is_pos, 0, weight * (l - delta).clamp(max=0)).sum() / n  # eqs. 5, 7
+    L_neg = torch.where(is_pos, 0, weight * (l - delta).clamp(max=0)).sum() / n
     return L_pos - beta * L_neg, L_pos, L_neg  # eq. 3
 
 
@@ -349,20 +356,23 @@ def discriminator_loss(
     questions that have both positives and negatives. It is 0 where there is nothing to compare.
     """
     if loss == "bce":
-        right = torch.where(is_pos, score, 1 - score)  # D's probability of what is so
-        return -right.clamp(min=1e-6).log().sum() / max(1, len(score))
-    exp = (row.unique()[:, None] == row) * score.exp()  # (N, T), 0 for the other questions'
-    pos, neg = (exp * is_pos).sum(1), (exp * ~is_pos).sum(1)  # (N,)
-    both = (pos > 0) & (neg > 0)
-    log_ratio = torch.where(both, pos, 1).log() - torch.where(both, neg, 1).log()
-    return -log_ratio.sum() / both.sum().clamp(min=1)  # eq. 2
+        good = is_pos.to(score.dtype)
+        total = torch.nn.functional.binary_cross_entropy(score, good, reduction="sum")
+        return total / max(1, len(score))
+    terms = [score.sum() * 0]  # so that there is a gradient where there is nothing to compare
+    for question in row.unique():
+        of_question = row == question
+        pos, neg = score[of_question & is_pos], score[of_question & ~is_pos]
+        if len(pos) and len(neg):
+            terms.append(neg.logsumexp(0) - pos.logsumexp(0))  # eq. 2
+    return torch.stack(terms).sum() / max(1, len(terms) - 1)
 
 
 def mutual_information_loss(p_predict: torch.Tensor, p_explain: torch.Tensor) -> torch.Tensor:
-    """MI's loss (arXiv 2403.03348), (N,): cross-entropy between the two tasks' vocabulary
-    distributions (N, V).
+    """MI's loss (arXiv 2403.03348), (N,): cross-entropy of what the two tasks write, (N, V).
 
-    Each is the max over its decoder positions of the softmax; the prediction's side is detached.
+    Each is the max over its decoder positions of the softmax, which does not add up to 1; the
+    prediction's side is detached.
     """
     return -(p_predict.detach() * p_explain.clamp(min=1e-9).log()).sum(1)
 
@@ -374,8 +384,8 @@ def mutual_information_loss(p_predict: torch.Tensor, p_explain: torch.Tensor) ->
 class Discriminator(torch.nn.Module):
     """D(x, r) -> s in (0, 1), the quality of a rationale (eq. 1).
 
-    A T5 encoder, max pooling over tokens, two linear layers. `encoder` maps input_ids and
-    attention_mask to an object with `last_hidden_state` (T, S, width), as the encoder of any
+    The student's encoder, max pooling over tokens, two linear layers. `encoder` maps input_ids
+    and attention_mask to an object with `last_hidden_state` (T, S, width), as the encoder of any
     seq2seq model of transformers does.
     """
 
@@ -415,10 +425,11 @@ def make_optimizers(
     return optimizers
 
 
-# How many tokens are computed at once, padding counted: these bound the memory, and little is
-# padding. Rationales a group: as many as fill a GPU, or as stay in a CPU's caches.
-GROUP_TOKENS_GPU, GROUP_FLOATS_CPU = 4096, 2**18
-MICRO_BATCH_TOKENS, WRITE_TOKENS = 6144, 32768  # a backward pass, or answered at once
+# How much is computed at once, padding counted. It bounds the memory.
+GROUP_TOKENS_GPU = 4096  # tokens of labels or rationales: as many as fill a GPU
+GROUP_FLOATS_CPU = 2**18  # their tokens times the model's width: as many as stay in a CPU's caches
+MICRO_BATCH_TOKENS = 6144  # tokens of the questions and rationales in a backward pass
+WRITE_TOKENS = 32768  # tokens of the inputs that are answered at once
 LEAST_ROOM = 1 / 512  # with less, every piece is a single question
 
 
@@ -457,8 +468,8 @@ class Student:
         """Values on the student's device, without waiting for what a GPU does."""
         return torch.as_tensor(values).to(self.device, non_blocking=True)
 
-    def labels(self, ids: Sequence[Tensor]) -> Tensor:
-        """Rows of token ids, (N, L), on the device; -100 where a row has ended."""
+    def padded(self, ids: Sequence[Tensor]) -> Tensor:
+        """Rows of token ids, (N, L), on the device; -100 after the end of a row."""
         return self.tensor(torch.nn.utils.rnn.pad_sequence(list(ids), True, -100))
 
     def inputs(self, labels: Tensor) -> dict[str, Tensor]:
@@ -469,7 +480,7 @@ class Student:
 
     def encode(self, inputs: list[str]) -> tuple[Tensor, Tensor]:
         """The encoder's states (N, S, width) and their mask (N, S)."""
-        batch = self.inputs(self.labels([self.ids(text, self.max_input) for text in inputs]))
+        batch = self.inputs(self.padded([self.ids(text, self.max_input) for text in inputs]))
         with self.autocast():
             return self.model.get_encoder()(**batch).last_hidden_state, batch["attention_mask"]
 
@@ -484,7 +495,8 @@ class Student:
         ).logits.float()
 
     def nll(self, encoded: tuple[Tensor, Tensor], row: list[int], targets: list[str]) -> Tensor:
-        """l(f(x), r), (T,), in nats per token; target t belongs to row[t] of the encoded inputs."""
+        """The mean cross-entropy of each target's tokens, (T,), in nats per token: of a rationale
+        l(f(x), r). Target t belongs to row[t] of the encoded inputs."""
         l, rows = torch.zeros(len(targets), device=self.device), self.tensor(row)
         ids = [self.ids(text, self.max_target) for text in targets]
         with self.autocast():  # around all groups: inside it the weights turn to bf16 once
@@ -502,7 +514,7 @@ class Student:
         if not ids:
             return
         order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
-        which, labels, first = self.tensor(order), self.labels([ids[i] for i in order]), 0
+        which, labels, first = self.tensor(order), self.padded([ids[i] for i in order]), 0
         while first < len(ids):
             longest = len(ids[order[first]])
             last = first + self.at_once(len(ids), longest, tokens)
@@ -513,7 +525,7 @@ class Student:
         self, encoded: tuple[Tensor, Tensor], row: list[int], targets: list[str]
     ) -> Tensor:
         """For MI: the max over a target's positions of the softmax, (T, V)."""
-        labels = self.labels([self.ids(text, self.max_target) for text in targets])
+        labels = self.padded([self.ids(text, self.max_target) for text in targets])
         logits = self.logits(encoded, self.tensor(row), labels)
         return logits.softmax(2).masked_fill(labels[..., None] == -100, 0).amax(1)
 
@@ -523,14 +535,14 @@ class Student:
         return max(1, int(self.room * min(count, tokens / length)))
 
     def micro_batches(
-        self, questions: list[Question], rationales: list["Rationale"], times: float = 2
+        self, questions: list[Question], rationales: list["Rationale"], inputs: float
     ) -> Iterator[tuple[list[Question], list["Rationale"]]]:
-        """The questions of a backward pass each, with their rationales, whose rows are those in
-        the part. times: how often a question is read, by default with predict: and explain:."""
+        """The questions of each backward pass with their rationales, whose rows count from the
+        first of these questions. inputs: how many inputs a question makes."""
         longest = max(len(self.ids(q.example.input, self.max_input)) for q in questions)
         targets = sum(len(self.ids(r.text, self.max_target)) for r in rationales)
         most = self.micro_batch or len(questions)
-        tokens = times * longest + targets / len(questions)  # a question
+        tokens = inputs * longest + targets / len(questions)  # of a question
         size = self.at_once(most, tokens, MICRO_BATCH_TOKENS)
         for first in range(0, len(questions), size):
             those = [r for r in rationales if first <= r.row < first + size]
@@ -539,9 +551,11 @@ class Student:
     def fit(self, work: Callable, *args: Any) -> Any:
         """work(*args); where the GPU's memory runs out, again in pieces of half the size."""
         while True:
-            with suppress(torch.OutOfMemoryError):
+            try:
                 return work(*args)
-            torch.cuda.empty_cache()  # by now the tensors of the failed work are gone
+            except torch.OutOfMemoryError:
+                pass  # outside of this block the error no longer holds the work's tensors
+            torch.cuda.empty_cache()
             if self.room <= LEAST_ROOM:
                 raise UserError(
                     "a question is too long for the GPU: use a smaller --student or --max-input."
@@ -627,7 +641,7 @@ def explain_losses(
 ) -> list[float]:
     """l of each rationale; they stand in the order of their questions."""
     found = [torch.zeros(0, device=student.device)]
-    for some, those in student.micro_batches(questions, rationales):
+    for some, those in student.micro_batches(questions, rationales, inputs=1):
         if those:
             encoded = student.encode([f"explain: {q.example.input}" for q in some])
             found.append(student.nll(encoded, [r.row for r in those], [r.text for r in those]))
@@ -713,7 +727,8 @@ def student_losses(
     n = len(questions)
     # one pass of the encoder for both tasks: rows 0 to n - 1 predict:, rows n to 2n - 1 explain:
     inputs = [f"predict: {q.example.input}" for q in questions]
-    inputs += [f"explain: {q.example.input}" for q in questions if chosen]
+    if chosen:
+        inputs += [f"explain: {q.example.input}" for q in questions]
     row = [*range(n), *(n + r.row for r in chosen)]
     with student.autocast():
         encoded = student.encode(inputs)
@@ -740,20 +755,21 @@ def disc_gradients(
     factor: float,
     options: Options,
 ) -> dict[str, float]:
-    """Add the gradients of factor * L_D; L_D, and D's mean score of each kind of rationale."""
+    """Add the gradients of factor * L_D. Returns L_D, and D's mean score of each kind of
+    rationale."""
     rationales = rationales_of(questions, self_negatives)
     total = disc_terms(rationales, options.disc_loss)
     if not total:
         return {}
-    times = len(rationales) / len(questions)  # D reads the question with each
+    inputs = len(rationales) / len(questions)  # D reads the question with each rationale
     losses, scores = [], []
-    for some, those in student.micro_batches(questions, rationales, times):
+    for some, those in student.micro_batches(questions, rationales, inputs):
         if those:
             s = score(student, disc, some, those)
             is_pos = student.tensor([r.is_pos for r in those])
             row = student.tensor([r.row for r in those])
-            share = disc_terms(those, options.disc_loss) / total
-            L_D = share * discriminator_loss(s, is_pos, row, options.disc_loss)
+            fraction = disc_terms(those, options.disc_loss) / total
+            L_D = fraction * discriminator_loss(s, is_pos, row, options.disc_loss)
             (factor * L_D).backward()
             losses.append(L_D.detach())
             scores.append(s.detach())
@@ -782,15 +798,14 @@ def train_step(
     step: int,
     options: Options,
 ) -> dict[str, float]:
-    """One step of both optimizers on a batch, and its figures. UserError if a loss is not
-    finite."""
+    """One training step on a batch. Returns its figures; UserError if a loss is not finite."""
     arguments = questions, self_negatives, round_, step, options
     figures = student.fit(step_gradients, student, disc, *arguments)
     if not all(map(math.isfinite, figures.values())):
         ids = ", ".join(q.example.id for q in questions[:5])
         raise UserError(f"the loss is not finite at step {step} ({ids}): use a lower --lr.")
     for optimizer in optimizers.values():
-        clip_and_step(optimizer)
+        clip_and_step(optimizer)  # AdamW passes over what has no gradient, as D in most steps
     return figures
 
 
@@ -818,15 +833,15 @@ def step_gradients(
 
     # 2. the student learns from them, a micro-batch at a time
     sums: dict[str, Any] = defaultdict(float)
-    for some, those in student.micro_batches(questions, chosen):
+    for some, those in student.micro_batches(questions, chosen, inputs=2):
         losses = student_losses(student, some, those, options)
         total = options.alpha1 * losses["L_pred"] + options.alpha2 * losses["L_cl"]
         if "L_mi" in losses:
             total = total + options.mi_weight * losses["L_mi"]
-        share = len(some) / len(questions)
-        (share * total).backward()
+        fraction = len(some) / len(questions)
+        (fraction * total).backward()
         for name, loss in losses.items():
-            sums[name] += share * loss.detach()
+            sums[name] += fraction * loss.detach()
     values = torch.stack([*sums.values()]).tolist()  # one read of all of them
     figures = dict(zip(sums, values, strict=True))
     active = {r.row for r in chosen if not r.is_pos}  # with a negative within the margin
@@ -855,8 +870,8 @@ def disc_questions(questions: list[Question], options: Options, step: int) -> li
 
 
 def step_seed(seed: int, step: int, what: str) -> int:
-    """Randomness depends on the position in training alone, so that a resumed run draws what an
-    uninterrupted one does."""
+    """The seed for one purpose in one step. Randomness depends on the position in training alone,
+    so that a resumed run draws what an uninterrupted one does."""
     return zlib.crc32(f"{seed}/{step}/{what}".encode())
 
 
@@ -864,14 +879,16 @@ def step_seed(seed: int, step: int, what: str) -> int:
 # Self-adversarial negatives, D's pretraining, D's AUC
 
 
-def source_round(round_: int, options: Options) -> int:
+def source_round(round_: int, options: Options) -> int | None:
     """The round whose student wrote the negatives that `round_` trains on: j before, or the
-    oldest there is. A fixed student writes once, in round 0."""
-    return 0 if options.negatives == "fixed" else max(round_ - options.lag, 0)
+    oldest there is. A fixed student writes once, in round 0. None where no student writes any."""
+    sources = {"student": max(round_ - options.lag, 0), "fixed": 0}
+    return sources.get(options.negatives)
 
 
 def readers_of(questions: list[Question], round_: int, options: Options) -> dict[str, Question]:
-    """By id, the questions of the rounds that train on what the student writes in `round_`."""
+    """By id, the questions of the rounds that train on what the student writes in `round_`: in a
+    large training set no round has them all."""
     found: dict[str, Question] = {}
     for later in range(round_, options.rounds):
         if source_round(later, options) == round_:
@@ -880,30 +897,36 @@ def readers_of(questions: list[Question], round_: int, options: Options) -> dict
     return found
 
 
-def negatives_of(
+def write_negatives(
     student: Student, questions: list[Question], round_: int, run: Path, options: Options
-) -> SelfNegatives:
-    """The self-adversarial negatives that a round trains on.
-
-    At the start of a round the student writes one rationale, hot, for each question of the rounds
-    j later. They wait as files in the run directory, so that no old student need be kept.
+) -> None:
+    """At the start of a round the student writes one rationale at --student-temperature for each
+    question of the rounds j later. They wait in a file of the run directory, so that no old student
+    need be kept.
     """
-    if options.negatives not in ("student", "fixed"):
-        return {}
     asked = readers_of(questions, round_, options)
-    path = run / "negatives" / f"round-{round_:03d}.jsonl"
-    if asked and not path.exists():
-        # hot samples rarely end by themselves, and a longer tail than this teaches nothing
-        limit = target_length(student, [t for q in questions[:1000] for t in q.positives], 0.9)
-        if options.negatives == "fixed":
-            student = load_student(f"{options.fixed_student}/student", options)
-        torch.manual_seed(step_seed(options.seed, round_, "write"))
-        inputs = [f"explain: {q.example.input}" for q in asked.values()]
-        hot = options.student_temperature
-        texts = student.write(inputs, f"negatives of round {round_}", limit, hot)
-        write_jsonl(path, [{"id": id, "output": t} for id, t in zip(asked, texts, strict=True)])
+    path = negatives_file(run, round_)
+    if path.exists() or not asked:
+        return
+    # at such a temperature few texts end by themselves, and a longer tail teaches nothing
+    limit = target_length(student, [t for q in questions[:1000] for t in q.positives], 0.9)
+    if options.negatives == "fixed":
+        student = load_student(f"{options.fixed_student}/student", options)
+    torch.manual_seed(step_seed(options.seed, round_, "write"))
+    inputs = [f"explain: {q.example.input}" for q in asked.values()]
+    desc = f"negatives of round {round_}"
+    texts = student.write(inputs, desc, limit, options.student_temperature)
+    write_jsonl(path, [{"id": id, "output": t} for id, t in zip(asked, texts, strict=True)])
+
+
+def read_negatives(
+    questions: list[Question], round_: int, run: Path, options: Options
+) -> SelfNegatives:
+    """The self-adversarial negatives that a round trains on."""
     source = source_round(round_, options)
-    path = run / "negatives" / f"round-{source:03d}.jsonl"
+    if source is None:
+        return {}
+    path = negatives_file(run, source)
     written: SelfNegatives = {}
     for _, row in data.parse_jsonl(data.read_file(path), str(path)):
         match row:
@@ -914,10 +937,14 @@ def negatives_of(
     return {id: text for id, text in written.items() if text}
 
 
-def target_length(student: Student, texts: Iterable[str], share: float) -> int:
-    """The tokens that this share of the texts does not go beyond; --max-target without a text."""
+def negatives_file(run: Path, round_: int) -> Path:
+    return run / "negatives" / f"round-{round_:03d}.jsonl"
+
+
+def target_length(student: Student, texts: Iterable[str], quantile: float) -> int:
+    """A quantile of the texts' lengths in tokens; --max-target without a text."""
     lengths = [len(student.ids(text, student.max_target)) for text in texts]
-    return int(np.quantile(lengths, share)) if lengths else student.max_target
+    return int(np.quantile(lengths, quantile)) if lengths else student.max_target
 
 
 def corrupt(rng: random.Random, text: str, words: Sequence[str]) -> str:
@@ -950,7 +977,7 @@ def pretrain_disc(
     steps = options.disc_steps if known else 0
     for step in tqdm(range(steps), desc="discriminator", unit="step", leave=False):
         batch = []
-        for q in disc_questions(rng.sample(known, len(known)), options, step):
+        for q in disc_questions(known, options, step):
             missing = range(len(q.positives) - len(q.negatives))
             made = [corrupt(rng, rng.choice(q.positives), words) for _ in missing]
             batch.append(replace(q, negatives=q.negatives + made))
@@ -1060,7 +1087,8 @@ def train(
     bar = tqdm(total=total, initial=first * steps, desc="training", unit="step")
     for round_ in range(first, options.rounds):
         began = time.monotonic()
-        self_negatives = negatives_of(student, questions, round_, run, options)
+        write_negatives(student, questions, round_, run, options)
+        self_negatives = read_negatives(questions, round_, run, options)
         batches = round_batches(questions, options, round_)
         figures: dict[str, list[float]] = defaultdict(list)
         for step, batch in enumerate(batches, round_ * steps):
@@ -1186,7 +1214,8 @@ def describe_device(student: Student) -> str:
     if student.device.type == "cuda":
         gpu = torch.cuda.get_device_properties(student.device)
         device = f"{gpu.name} with {gpu.total_memory / 1e9:.1f} GB"
-    return f"Device: {device}; {precision}: auto takes bf16 on a GPU that has it in hardware."
+    auto = "--precision auto is bf16 where the GPU has it in hardware"
+    return f"Device: {device}. Precision: {precision}; {auto}."
 
 
 def check_texts(student: Student, questions: list[Question], options: Options) -> None:
@@ -1453,7 +1482,8 @@ def prepare(
     """The task, its splits, the teacher's samples by question id, and the voted questions."""
     task, splits = data.load_task(options.task, options.data, options.train_size)
     samples: dict[str, list[Sample]] = {}
-    if options.positives != "none" or options.method == "single" or options.labels == "teacher":
+    used = (options.positives, options.negatives) != ("none", "none")
+    if used or options.method == "single" or options.labels == "teacher":
         samples = data.collect(task, splits["train"], options.teacher, options)
     return task, splits, samples, vote(task, splits["train"], samples, options)
 

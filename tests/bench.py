@@ -239,7 +239,8 @@ def obvious_qcrd(folder: Path, batches: Batches, precision: str) -> Contender:
         L_cl, _, _ = qcrd.contrastive_loss(
             torch.cat(l), weight, is_pos, len(batch), delta=options.delta
         )
-        L_D = qcrd.discriminator_loss(s, is_pos, row)
+        with torch.autocast(DEVICE.type, enabled=False):  # cross-entropy of scores needs fp32
+            L_D = qcrd.discriminator_loss(s, is_pos, row)
         L_pred = nll([f"predict: {q.example.input}" for q in batch], [q.label for q in batch])
         return 0.5 * L_pred.mean() + 0.5 * L_cl + 0.5 * L_D
 

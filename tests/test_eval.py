@@ -242,7 +242,7 @@ def test_a_shown_questions_terms_are_what_training_computes(copy, capsys):
     *_, questions = qcrd.prepare(own)
     name = re.search(r"Training question (\S+)", shown)[1]
     _, model, disc, _ = evaluation.open_run(str(copy), evaluation.Options())
-    negatives = qcrd.negatives_of(model, questions, 2, copy, own)
+    negatives = qcrd.read_negatives(questions, 2, copy, own)
     batch = [q for some in qcrd.round_batches(questions, own, 2) for q in some]
     row = [q.example.id for q in batch].index(name)
     chosen = qcrd.choose(model, disc, batch, negatives, own)

@@ -249,7 +249,7 @@ def test_bce_of_a_saturated_score_is_finite_and_so_is_its_gradient():
     score = tensor([0.0, 1.0], requires_grad=True)
     value = discriminator_loss(score, tensor([True, False]), tensor([0, 0]), "bce")
     value.backward()
-    assert 10 < value.item() < 20 and torch.isfinite(score.grad).all()
+    assert value.item() == 100 and torch.isfinite(score.grad).all()  # torch cuts the logarithm
 
 
 def test_mi_is_a_cross_entropy_that_teaches_the_explaining_side_only():

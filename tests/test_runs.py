@@ -145,7 +145,7 @@ def unfinished(student, tmp_path_factory) -> Path:
     run = tmp_path_factory.mktemp("runs") / "unfinished"
     with pytest.MonkeyPatch.context() as patch, contextlib.suppress(Killed):
         patch.setattr(data, "TOY_SIZES", SIZES)
-        dies_at(patch, qcrd, "negatives_of", 3)
+        dies_at(patch, qcrd, "write_negatives", 3)
         qcrd.main(arguments(student, run))
     assert len(metrics(run)) == 2
     return run
@@ -196,7 +196,10 @@ def test_the_queue_hands_a_round_the_old_students_words(tmp_path, monkeypatch):
         return [f"from student {written[-1]}"]
 
     monkeypatch.setattr(student, "write", write)
-    got = [qcrd.negatives_of(student, [question], t, tmp_path, options)["q"] for t in range(4)]
+    got = []
+    for round_ in range(4):
+        qcrd.write_negatives(student, [question], round_, tmp_path, options)
+        got.append(qcrd.read_negatives([question], round_, tmp_path, options)["q"])
     assert got == ["from student 0", "from student 0", "from student 0", "from student 1"]
     assert len(written) == 2  # rounds 2 and 3 write nothing, since no later round would read it
 
@@ -210,9 +213,8 @@ def test_the_students_negatives_are_hot_and_end_at_the_length_of_nine_rationales
     questions = [qcrd.Question(data.Example("q", "How many?", "1"), "1", texts, [])]
     asked: list[Any] = []
     monkeypatch.setattr(student, "write", lambda *how: asked.append(how) or [""])
-    assert (
-        qcrd.negatives_of(student, questions, 0, tmp_path, options) == {}
-    )  # an empty text is none
+    qcrd.write_negatives(student, questions, 0, tmp_path, options)
+    assert qcrd.read_negatives(questions, 0, tmp_path, options) == {}  # an empty text is none
     inputs, _, limit, temperature = asked[0]
     lengths = sorted(len(tokenizer()(text).input_ids) for text in texts)
     assert inputs == ["explain: How many?"] and temperature == 1.7
@@ -222,7 +224,8 @@ def test_the_students_negatives_are_hot_and_end_at_the_length_of_nine_rationales
 def test_negatives_of_the_vote_alone_need_no_writing(tmp_path):
     options = make_options(negatives="teacher")
     question = qcrd.Question(data.Example("q", "How many?", "1"), "1", ["one"], [])
-    assert qcrd.negatives_of(small_student(options), [question], 0, tmp_path, options) == {}
+    qcrd.write_negatives(small_student(options), [question], 0, tmp_path, options)
+    assert qcrd.read_negatives([question], 0, tmp_path, options) == {}
     assert not list(tmp_path.iterdir())
 
 
@@ -283,6 +286,12 @@ def test_edges_and_variants_run_to_the_end(student, tmp_path, small_toy, capsys,
     assert "accuracy" in out
     if more == "--max-target 4":
         assert out.count("longer than --max-target and are cut") == 1
+
+
+def test_the_teachers_negatives_are_there_also_without_positives(small_toy):
+    options = make_options(task="toy", positives="none", negatives="teacher")
+    *_, questions = qcrd.prepare(options)
+    assert any(q.negatives for q in questions) and not any(q.positives for q in questions)
 
 
 def test_a_fixed_student_writes_once_and_all_rounds_train_on_it(student, tmp_path, small_toy):
@@ -797,7 +806,7 @@ def test_an_input_that_was_swapped_under_a_run_is_refused_by_name(own, monkeypat
     if finished:
         qcrd.main(command)
     else:
-        killed(monkeypatch, "negatives_of", 2, command)
+        killed(monkeypatch, "write_negatives", 2, command)
         assert (run / "checkpoint.pt").exists()
     before = tree(run)
     for name, change in SWAPS.items():

@@ -268,12 +268,12 @@ def test_a_micro_batch_is_so_many_questions_at_most():
     student = small_student(make_options(micro_batch=4))
     questions, self_negatives = a_batch()
     rationales = qcrd.rationales_of(questions, self_negatives)
-    parts = list(student.micro_batches(questions, rationales))
+    parts = list(student.micro_batches(questions, rationales, 2))
     assert [some for some, _ in parts] == [questions[:4], questions[4:]]
     for some, those in parts:  # each rationale's row is its question's in the part
         assert those == qcrd.rationales_of(some, self_negatives)
     student.micro_batch = 0
-    assert list(student.micro_batches(questions, rationales)) == [(questions, rationales)]
+    assert list(student.micro_batches(questions, rationales, 2)) == [(questions, rationales)]
 
 
 def test_a_micro_batch_is_as_many_questions_as_make_so_many_tokens(monkeypatch):
@@ -291,12 +291,12 @@ def test_a_micro_batch_is_as_many_questions_as_make_so_many_tokens(monkeypatch):
         q.example = data.Example(q.example.id, "an input", "")
     six = [replace(rationales[0], row=row, text="r") for row in range(6)]
     monkeypatch.setattr(qcrd, "MICRO_BATCH_TOKENS", 999)
-    assert sizes(six) == [3, 3]
+    assert sizes(six, 2) == [3, 3]
     monkeypatch.setattr(qcrd, "MICRO_BATCH_TOKENS", 1000)
-    assert sizes(six) == [4, 2] and sizes([]) == [5, 1]
+    assert sizes(six, 2) == [4, 2] and sizes([], 2) == [5, 1]
     assert sizes(six, 4) == [2, 2, 2]  # each question read four times
     monkeypatch.setattr(qcrd, "MICRO_BATCH_TOKENS", 1)
-    assert sizes(six) == [1] * 6
+    assert sizes(six, 2) == [1] * 6
 
 
 def test_a_step_is_eq_8_with_the_decay_of_alpha_3_and_mis_loss():
@@ -548,7 +548,7 @@ def test_a_step_whose_memory_runs_out_goes_on_in_halves_and_ends_the_same(
     assert_equal_gradients(found, expected, 1e-6)
     assert same == pytest.approx(figures, abs=1e-5)
     assert full.calls > call and models[0].room == 0.5
-    parts = models[0].micro_batches(a_batch()[0], [])
+    parts = models[0].micro_batches(a_batch()[0], [], 2)
     assert [len(some) for some, _ in parts] == [2, 2, 2]
     assert_said_once(capsys)
 
