@@ -263,7 +263,7 @@ def show_losses(
 # --------------------------------------------------------------------------------------------------
 # Two runs on the same test questions
 
-FIGURES = {"accuracy": "correct", "validity": "valid"}  # and what they are the mean of
+METRICS = {"accuracy": "correct", "validity": "valid"}  # and what they are the mean of
 
 
 def two_runs(folders: list[str]) -> list[tuple[Example, dict, dict]]:
@@ -303,12 +303,12 @@ def spelled(mean: float, half: float) -> str:
 def compare(options: Options) -> None:
     """Print how two runs differ over the test questions, and five on which they disagree."""
     rows = two_runs(options.compare)
-    for figure, key in FIGURES.items():
+    for metric, key in METRICS.items():
         pairs = [(a.get(key), b.get(key)) for _, a, b in rows]
         if None not in pairs[0]:
             a, b = np.array(pairs, float).T
             gain = spelled(*interval(a - b))
-            print(f"{figure}: A {a.mean():.1%}, B {b.mean():.1%}, A - B {gain} points")
+            print(f"{metric}: A {a.mean():.1%}, B {b.mean():.1%}, A - B {gain} points")
     print(
         "± is half of the 95% interval, normal, paired over these",
         len(rows),
@@ -437,7 +437,7 @@ def plan(options: Options, name: str) -> dict[str, list[Run]]:
 
 
 def result_of(run: Run) -> dict[str, float]:
-    """The figures of a run; none where it has not finished."""
+    """The metrics of a run; none where it has not finished."""
     return read_object(run.out / "result.json") or {}
 
 
@@ -504,28 +504,28 @@ than three seeds have no interval.
 """
 
 
-def figures_of(name: str, runs: dict[str, list[Run]]) -> dict[tuple[str, str], tuple]:
+def metrics_of(name: str, runs: dict[str, list[Run]]) -> dict[tuple[str, str], tuple]:
     """By row and column the mean over the seeds, and half of its interval; nan where there is
     none."""
     found = {}
     for label, row in STUDIES[name].items():
-        for figure in COLUMNS[:3]:
-            ours = values(runs, label, figure)
-            theirs = values(runs, row.get("against", "dss"), figure)
-            found[label, figure] = interval(ours)
-            found[label, f"{figure} - dss"] = interval(ours - theirs)
+        for metric in COLUMNS[:3]:
+            ours = values(runs, label, metric)
+            theirs = values(runs, row.get("against", "dss"), metric)
+            found[label, metric] = interval(ours)
+            found[label, f"{metric} - dss"] = interval(ours - theirs)
     return found
 
 
-def values(runs: dict[str, list[Run]], label: str, figure: str) -> np.ndarray:
-    """A figure of each run of a row; nan where there is none."""
-    found = [result_of(run).get(figure, math.nan) for run in runs.get(label, [])]
+def values(runs: dict[str, list[Run]], label: str, metric: str) -> np.ndarray:
+    """A metric of each run of a row; nan where there is none."""
+    found = [result_of(run).get(metric, math.nan) for run in runs.get(label, [])]
     return np.array(found or [math.nan])
 
 
 def write_table(options: Options, name: str, runs: dict[str, list[Run]]) -> None:
     """Print the table of a study whose runs are there, and write it as Markdown and CSV."""
-    found = figures_of(name, runs)
+    found = metrics_of(name, runs)
     table = [[name, *COLUMNS, "seeds", "options of the first"]]
     for label in runs:
         cells = [spelled(*found[label, column]) for column in COLUMNS]
@@ -546,19 +546,19 @@ VARIES = {"noise": "toy_errors", "size": "train_size"}
 def plot_study(options: Options, name: str, runs: dict[str, list[Run]]) -> None:
     """For accuracy and validity a picture: the difference of each row to its dss, but of rows so
     far away that they would stretch the axis; or, where a study varies a share, each method."""
-    found, key = figures_of(name, runs), VARIES.get(name)
-    for figure in FIGURES:
+    found, key = metrics_of(name, runs), VARIES.get(name)
+    for metric in METRICS:
         lines: dict[str, Any] = {}
         for label, row in STUDIES[name].items():
-            x, line, column = label, f"rows beyond {FAR} points are left out", f"{figure} - dss"
+            x, line, column = label, f"rows beyond {FAR} points are left out", f"{metric} - dss"
             if key:
                 x = row.get(key, getattr(qcrd.Options(), key))
-                line, column = label.split(",")[0], figure
+                line, column = label.split(",")[0], metric
             if abs(found[label, column][0]) <= (100 if key else FAR):  # nan is not
                 lines.setdefault(line, []).append((x, *found[label, column]))
         if lines:
             title = f"{column}, points with 95% intervals, {options.seeds} seeds; by {key or 'row'}"
-            path = Path(f"{study_path(options, name, figure)}.svg")
+            path = Path(f"{study_path(options, name, metric)}.svg")
             draw(path, title, {line: zip(*lines[line]) for line in lines}, "o-" if key else "o")
 
 

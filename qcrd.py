@@ -240,6 +240,20 @@ class Question:
     held_out: bool = False  # D never trains on it, so that its AUC means something
 
 
+@dataclass
+class Rationale:
+    """One rationale of a question in a batch, and what is settled about it."""
+
+    row: int  # of its question in the batch
+    text: str
+    is_pos: bool
+    by_student: bool = False
+    l: float = math.nan  # under the student before the step, where it was read
+    share: float = 0.0  # in its question's term (eqs. 4, 5)
+    score: float = math.nan  # D's, where it was read
+    weight: float = 0.0  # share times quality (eqs. 6, 7)
+
+
 def vote(
     task: Task, examples: list[Example], samples: dict[str, list[Sample]], options: Options
 ) -> list[Question]:
@@ -274,8 +288,7 @@ def distinct(texts: Iterable[str]) -> list[str]:
 
 # --------------------------------------------------------------------------------------------------
 # The losses: pure functions. T rationales of N questions stand in one row: l[t] is l(f(x), r_t),
-# the
-# token-mean cross-entropy of rationale t under the student f, in nats per token.
+# the token-mean cross-entropy of rationale t under the student f, in nats per token.
 
 # How the positives and the negatives of a question are chosen, many-to-one.
 SCHEMES = {
@@ -403,28 +416,6 @@ class Discriminator(torch.nn.Module):
         return torch.sigmoid(self.mlp(states.amax(1)).float().squeeze(-1))
 
 
-def make_discriminator(student: "Student", options: Options) -> Discriminator:
-    """D, started from the student's pretrained encoder: a copy of it, or the student's own."""
-    encoder = student.model.get_encoder()
-    if options.disc == "own":
-        encoder = deepcopy(encoder)
-    torch.manual_seed(step_seed(options.seed, 0, "mlp"))
-    width = student.encode(["a"])[0].shape[-1]
-    return Discriminator(encoder, width).to(student.device)
-
-
-def make_optimizers(
-    student: "Student", disc: Discriminator | None, options: Options
-) -> dict[str, torch.optim.Optimizer]:
-    """AdamW of the student, and of what the discriminator does not share with it."""
-    adamw: Callable[..., torch.optim.Optimizer] = partial(torch.optim.AdamW, fused=True)
-    optimizers = {"student": adamw(student.model.parameters(), options.lr)}
-    if disc:
-        trained = disc if options.disc == "own" else disc.mlp
-        optimizers["disc"] = adamw(trained.parameters(), options.disc_lr)
-    return optimizers
-
-
 # How much is computed at once, padding counted. It bounds the memory.
 GROUP_TOKENS_GPU = 4096  # tokens of labels or rationales: as many as fill a GPU
 GROUP_FLOATS_CPU = 2**18  # their tokens times the model's width: as many as stay in a CPU's caches
@@ -535,8 +526,8 @@ class Student:
         return max(1, int(self.room * min(count, tokens / length)))
 
     def micro_batches(
-        self, questions: list[Question], rationales: list["Rationale"], inputs: float
-    ) -> Iterator[tuple[list[Question], list["Rationale"]]]:
+        self, questions: list[Question], rationales: list[Rationale], inputs: float
+    ) -> Iterator[tuple[list[Question], list[Rationale]]]:
         """The questions of each backward pass with their rationales, whose rows count from the
         first of these questions. inputs: how many inputs a question makes."""
         longest = max(len(self.ids(q.example.input, self.max_input)) for q in questions)
@@ -592,6 +583,28 @@ class Student:
         return self.fit(write_all)
 
 
+def make_discriminator(student: Student, options: Options) -> Discriminator:
+    """D, started from the student's pretrained encoder: a copy of it, or the student's own."""
+    encoder = student.model.get_encoder()
+    if options.disc == "own":
+        encoder = deepcopy(encoder)
+    torch.manual_seed(step_seed(options.seed, 0, "mlp"))
+    width = student.encode(["a"])[0].shape[-1]
+    return Discriminator(encoder, width).to(student.device)
+
+
+def make_optimizers(
+    student: Student, disc: Discriminator | None, options: Options
+) -> dict[str, torch.optim.Optimizer]:
+    """AdamW of the student, and of what the discriminator does not share with it."""
+    adamw: Callable[..., torch.optim.Optimizer] = partial(torch.optim.AdamW, fused=True)
+    optimizers = {"student": adamw(student.model.parameters(), options.lr)}
+    if disc:
+        trained = disc if options.disc == "own" else disc.mlp
+        optimizers["disc"] = adamw(trained.parameters(), options.disc_lr)
+    return optimizers
+
+
 @contextmanager
 def without_dropout(*models: Any) -> Iterator[None]:
     """No dropout and no gradients inside; None is no model."""
@@ -606,20 +619,6 @@ def without_dropout(*models: Any) -> Iterator[None]:
 
 # --------------------------------------------------------------------------------------------------
 # One training step
-
-
-@dataclass
-class Rationale:
-    """One rationale of a question in a batch, and what is settled about it."""
-
-    row: int  # of its question in the batch
-    text: str
-    is_pos: bool
-    by_student: bool = False
-    l: float = math.nan  # under the student before the step, where it was read
-    share: float = 0.0  # in its question's term (eqs. 4, 5)
-    score: float = math.nan  # D's, where it was read
-    weight: float = 0.0  # share times quality (eqs. 6, 7)
 
 
 SelfNegatives = dict[str, str]  # by question id: what the student wrote some rounds ago
@@ -776,8 +775,8 @@ def disc_gradients(
     of_kind: dict[str, list[float]] = defaultdict(list)
     for r, s in zip(rationales, torch.cat(scores).tolist(), strict=True):
         of_kind["s_pos" if r.is_pos else "s_self" if r.by_student else "s_neg"].append(s)
-    figures = {kind: fmean(scores_of_kind) for kind, scores_of_kind in of_kind.items()}
-    return figures | {"L_D": torch.stack(losses).sum().item()}
+    metrics = {kind: fmean(scores_of_kind) for kind, scores_of_kind in of_kind.items()}
+    return metrics | {"L_D": torch.stack(losses).sum().item()}
 
 
 def disc_terms(rationales: list[Rationale], loss: str) -> int:
@@ -798,15 +797,15 @@ def train_step(
     step: int,
     options: Options,
 ) -> dict[str, float]:
-    """One training step on a batch. Returns its figures; UserError if a loss is not finite."""
+    """One training step on a batch. Returns its metrics; UserError if a loss is not finite."""
     arguments = questions, self_negatives, round_, step, options
-    figures = student.fit(step_gradients, student, disc, *arguments)
-    if not all(map(math.isfinite, figures.values())):
+    metrics = student.fit(step_gradients, student, disc, *arguments)
+    if not all(map(math.isfinite, metrics.values())):
         ids = ", ".join(q.example.id for q in questions[:5])
         raise UserError(f"the loss is not finite at step {step} ({ids}): use a lower --lr.")
     for optimizer in optimizers.values():
         clip_and_step(optimizer)  # AdamW passes over what has no gradient, as D in most steps
-    return figures
+    return metrics
 
 
 def step_gradients(
@@ -821,7 +820,7 @@ def step_gradients(
     """The gradients of L_total = alpha_1 L_pred + alpha_2 L_cl + alpha_3 L_D (eq. 8).
 
     A sum, whose terms go backward one after the other, so that one graph is in memory at a time.
-    mi adds its own loss. Returns the step's figures.
+    mi adds its own loss. Returns the step's metrics.
     """
     torch.manual_seed(step_seed(options.seed, step, "step"))  # dropout, and scheme "sampling"
     student.model.zero_grad()
@@ -843,16 +842,16 @@ def step_gradients(
         for name, loss in losses.items():
             sums[name] += fraction * loss.detach()
     values = torch.stack([*sums.values()]).tolist()  # one read of all of them
-    figures = dict(zip(sums, values, strict=True))
+    metrics = dict(zip(sums, values, strict=True))
     active = {r.row for r in chosen if not r.is_pos}  # with a negative within the margin
-    figures["active"] = len(active) / len(questions)
+    metrics["active"] = len(active) / len(questions)
 
     # 3. every few steps the discriminator learns from all rationales of some of these questions
     if disc and step % options.disc_every == 0:
         learned = disc_questions(questions, options, step)
         alpha3 = options.alpha3 * ALPHA3_DECAY**round_
-        figures |= disc_gradients(student, disc, learned, self_negatives, alpha3, options)
-    return figures
+        metrics |= disc_gradients(student, disc, learned, self_negatives, alpha3, options)
+    return metrics
 
 
 def clip_and_step(optimizer: torch.optim.Optimizer) -> None:
@@ -1025,14 +1024,14 @@ def evaluate(
     rows: list[dict[str, Any]] = []
     for e, label in zip(examples, labels, strict=True):
         rows.append({"id": e.id, "label": label, "correct": task.correct(label, e)})
-    figures = {"accuracy": fmean(row["correct"] for row in rows)}
+    metrics = {"accuracy": fmean(row["correct"] for row in rows)}
     if options.positives != "none":
         texts = student.write([f"explain: {e.input}" for e in examples], f"{split} rationales")
         for row, e, text in zip(rows, examples, texts, strict=True):
             row |= {"rationale": text, "valid": data.is_valid(e, text)}
         if rows[0]["valid"] is not None:
-            figures["validity"] = fmean(row["valid"] for row in rows)
-    return figures, rows
+            metrics["validity"] = fmean(row["valid"] for row in rows)
+    return metrics, rows
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1072,9 +1071,9 @@ def train(
     run: Path,
     options: Options,
 ) -> list[dict[str, Any]]:
-    """All rounds, from the last checkpoint where there is one; the figures of each round."""
+    """All rounds, from the last checkpoint where there is one; the metrics of each round."""
     optimizers = make_optimizers(student, disc, options)
-    rounds = load_checkpoint(run, student, disc, optimizers)  # the figures of finished rounds
+    rounds = load_checkpoint(run, student, disc, optimizers)  # the metrics of finished rounds
     if rounds is None:
         rounds = []
         if disc:
@@ -1090,15 +1089,15 @@ def train(
         write_negatives(student, questions, round_, run, options)
         self_negatives = read_negatives(questions, round_, run, options)
         batches = round_batches(questions, options, round_)
-        figures: dict[str, list[float]] = defaultdict(list)
+        metrics: dict[str, list[float]] = defaultdict(list)
         for step, batch in enumerate(batches, round_ * steps):
             rise, fall = min(1, (step + 1) / WARMUP), 1 - step / total
             optimizers["student"].param_groups[0]["lr"] = options.lr * rise * fall
             arguments = optimizers, batch, self_negatives, round_, step, options
             for name, value in train_step(student, disc, *arguments).items():
-                figures[name].append(value)
+                metrics[name].append(value)
             bar.update()
-        row = {"round": round_} | {name: fmean(values) for name, values in figures.items()}
+        row = {"round": round_} | {name: fmean(values) for name, values in metrics.items()}
         if disc:
             row["AUC"] = disc_auc(student, disc, questions)
             if row["AUC"] < 0.55 or row.get("s_pos", 1) < 0.05:
@@ -1120,7 +1119,7 @@ COLUMNS += ["q/s"]
 
 
 def table_row(row: dict[str, Any], header: bool) -> str:
-    """A round's figures as a line of a table, under their names where the header is asked for."""
+    """A round's metrics as a line of a table, under their names where the header is asked for."""
     cells = []
     for name in COLUMNS:
         value = row.get(name, "-")
@@ -1320,7 +1319,7 @@ def load_checkpoint(
     disc: Discriminator | None,
     optimizers: dict[str, torch.optim.Optimizer],
 ) -> list[dict] | None:
-    """Restore the last finished round; the figures of all that are done, or None where there is
+    """Restore the last finished round; the metrics of all that are done, or None where there is
     no checkpoint."""
     path = run / "checkpoint.pt"
     if not path.exists():
@@ -1544,7 +1543,7 @@ def show_predictions(examples: list[Example], rows: list[dict[str, Any]]) -> Non
 
 
 def execute(run: Path, options: Options) -> dict[str, float]:
-    """A run from its inputs to its figures, or the figures of a finished one."""
+    """A run from its inputs to its metrics, or the metrics of a finished one."""
     config = open_run(run, options)
     result = read_object(run / "result.json")
     if not result:
@@ -1570,7 +1569,7 @@ def execute(run: Path, options: Options) -> dict[str, float]:
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:
-    """Run the command line; the test figures."""
+    """Run the command line; the test metrics."""
     options = parse_options(argv)
     run = run_directory(options)
     with held(run):

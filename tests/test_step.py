@@ -234,16 +234,16 @@ def test_the_scores_of_groups_equal_those_of_single_pairs(tokens):
 
 
 def train_one_step(options: Options, step: int = 0, models: Any = None) -> tuple[dict, dict]:
-    """All gradients of a step on `a_batch`, unclipped, and its figures; it changes nothing."""
+    """All gradients of a step on `a_batch`, unclipped, and its metrics; it changes nothing."""
     student, disc = models or small_models(options)
     optimizers = qcrd.make_optimizers(student, disc, options)
     arguments = (student, disc, optimizers, *a_batch(), 0, step, options)
     with mock.patch.object(qcrd, "clip_and_step"):
-        figures = qcrd.train_step(*arguments)
+        metrics = qcrd.train_step(*arguments)
     found = dict(student.model.named_parameters())
     if disc is not None:
         found |= {f"disc.{name}": p for name, p in disc.named_parameters()}
-    return {name: p.grad for name, p in found.items() if p.grad is not None}, figures
+    return {name: p.grad for name, p in found.items() if p.grad is not None}, metrics
 
 
 STEPS: list[dict[str, Any]] = [{"scheme": scheme} for scheme in EVERY_SCHEME]
@@ -255,13 +255,13 @@ STEPS += [{"quality": "printed"}, {"mi_weight": 0.1}, {"disc": "shared"}, {"disc
 def test_micro_batch_changes_nothing_but_memory(disc_loss, change):
     options = make_options(batch_size=6, delta=amid(), disc_loss=disc_loss, micro_batch=6, **change)
     models = small_models(options)
-    whole, figures = train_one_step(options, models=models)
-    assert figures["L_cl"] != 0 and ("L_D" in figures) == (options.disc != "none")
+    whole, metrics = train_one_step(options, models=models)
+    assert metrics["L_cl"] != 0 and ("L_D" in metrics) == (options.disc != "none")
     for size in (1, 2, 3):
         models[0].micro_batch = size
         found, same = train_one_step(options, models=models)
         assert_equal_gradients(found, whole, 1e-6)
-        assert same == pytest.approx(figures, abs=1e-5)
+        assert same == pytest.approx(metrics, abs=1e-5)
 
 
 def test_a_micro_batch_is_so_many_questions_at_most():
@@ -336,9 +336,9 @@ def test_the_discriminator_learns_every_few_steps_alone():
     options = make_options(disc_every=4)
     models = small_models(options)
     for step in (0, 1, 3, 4, 8):
-        found, figures = train_one_step(options, step, models)
+        found, metrics = train_one_step(options, step, models)
         learns = step % 4 == 0
-        assert ("L_D" in figures) == learns == any(name.startswith("disc.") for name in found)
+        assert ("L_D" in metrics) == learns == any(name.startswith("disc.") for name in found)
 
 
 def test_the_discriminator_learns_from_a_random_part_of_a_batch_and_never_from_held_out_questions():
@@ -365,8 +365,8 @@ def test_a_batch_that_is_all_held_out_teaches_the_discriminator_nothing_and_the_
     student, disc = small_models(options)
     optimizers = qcrd.make_optimizers(student, disc, options)
     before = [p.clone() for p in disc.parameters()]
-    figures = qcrd.train_step(student, disc, optimizers, questions, self_negatives, 0, 0, options)
-    assert "L_D" not in figures and figures["L_pred"] > 0
+    metrics = qcrd.train_step(student, disc, optimizers, questions, self_negatives, 0, 0, options)
+    assert "L_D" not in metrics and metrics["L_pred"] > 0
     assert all(torch.equal(p, q) for p, q in zip(before, disc.parameters(), strict=True))
 
 
@@ -386,12 +386,12 @@ def test_the_figures_of_d_are_its_loss_and_its_mean_score_of_each_kind_by_hand(m
     pos, neg, by_student = [3, 5, 6, 8, 9, 10, 14, 15, 16, 17], [1, 2, 7, 11, 12, 18], [4, 13, 19]
     for micro_batch in (0, 1):
         student.micro_batch = micro_batch
-        figures = disc_gradients(student, disc, questions, self_negatives, 1.0, options)
-        assert figures["s_pos"] == pytest.approx(sum(pos) / 10 / 20)
-        assert figures["s_neg"] == pytest.approx(sum(neg) / 6 / 20)
-        assert figures["s_self"] == pytest.approx(sum(by_student) / 3 / 20)
+        metrics = disc_gradients(student, disc, questions, self_negatives, 1.0, options)
+        assert metrics["s_pos"] == pytest.approx(sum(pos) / 10 / 20)
+        assert metrics["s_neg"] == pytest.approx(sum(neg) / 6 / 20)
+        assert metrics["s_self"] == pytest.approx(sum(by_student) / 3 / 20)
         right = [n / 20 for n in pos] + [1 - n / 20 for n in neg + by_student]
-        assert figures["L_D"] == pytest.approx(-torch.tensor(right).log().mean().item())
+        assert metrics["L_D"] == pytest.approx(-torch.tensor(right).log().mean().item())
 
 
 def test_active_is_the_share_of_questions_whose_negative_term_pushes():
@@ -540,13 +540,13 @@ def test_a_step_whose_memory_runs_out_goes_on_in_halves_and_ends_the_same(
     monkeypatch, capsys, name, call
 ):
     options = make_options(batch_size=6, delta=amid(), micro_batch=4)
-    expected, figures = train_one_step(options)
+    expected, metrics = train_one_step(options)
     full = Full(getattr(qcrd, name), call)
     monkeypatch.setattr(qcrd, name, full)
     models = small_models(options)
     found, same = train_one_step(options, models=models)
     assert_equal_gradients(found, expected, 1e-6)
-    assert same == pytest.approx(figures, abs=1e-5)
+    assert same == pytest.approx(metrics, abs=1e-5)
     assert full.calls > call and models[0].room == 0.5
     parts = models[0].micro_batches(a_batch()[0], [], 2)
     assert [len(some) for some, _ in parts] == [2, 2, 2]
