@@ -23,6 +23,7 @@ import time
 import urllib.request
 import zipfile
 import zlib
+from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import contextmanager, suppress
@@ -53,7 +54,7 @@ API_LARGEST = 2**24  # bytes of a reply; what is longer is cut
 API_TRIES, API_BACKOFF = 8, 1.0  # tries of a request, seconds before the second
 DOWNLOAD_LIMIT = 1800  # seconds
 CACHE = Path(os.path.expanduser(os.environ.get("QCRD_CACHE") or "~/.cache/qcrd"))
-if CACHE.parts[0].startswith("~"):  # a user without a home directory
+if str(CACHE).startswith("~"):  # a user without a home directory
     CACHE = Path(tempfile.gettempdir(), "qcrd")
 
 
@@ -91,9 +92,9 @@ class Sample(NamedTuple):
 def cache_folder(path: Path) -> Iterator[None]:
     """Make a folder for the block to write to; UserError where either fails."""
     try:
-        path.expanduser().mkdir(parents=True, exist_ok=True)  # RuntimeError if there is no home
+        path.mkdir(parents=True, exist_ok=True)
         yield
-    except (OSError, RuntimeError, SafetensorError) as error:
+    except (OSError, SafetensorError) as error:
         raise UserError(
             f"The cache folder {path} cannot be written ({first_line(error)}):"
             " make room in it, or set QCRD_CACHE to another folder."
@@ -175,7 +176,7 @@ def read_plain(row: dict) -> dict:
     }
 
 
-FREE = "the answer, in as few words as possible"
+FREE = "a word or a short phrase"
 
 
 @dataclass(frozen=True)
@@ -281,6 +282,11 @@ def read_file(path: Path) -> bytes:
         )
 
 
+def read_jsonl(path: str | Path, torn: bool = False) -> Iterator[tuple[str, dict]]:
+    """The objects of a JSON Lines file, each with its place."""
+    return parse_jsonl(read_file(Path(path)), str(path), torn)
+
+
 def digest(path: str | Path) -> str:
     """16 hex digits that change when the file, or a model file in the folder, is changed."""
     place, total = Path(path).expanduser(), hashlib.sha256()
@@ -359,7 +365,7 @@ def hold_out(examples: list[Example], share: float) -> tuple[list[Example], list
 
 
 def load_task(
-    name: str, data: str = DSS_ZIP, train_size: float | None = None
+    name: str, data: str = DSS_ZIP, train_size: float = 1.0
 ) -> tuple[Task, dict[str, list[Example]]]:
     """The task and its splits "train", "valid" and "test".
 
@@ -372,15 +378,14 @@ def load_task(
     else:
         task = TASKS[name]
         splits = release_splits(task, data) if task.folder else toy_splits()
-    if train_size is not None:
-        train = splits["train"]
-        count = round(train_size * len(train)) if train_size <= 1 else int(train_size)
-        if not 1 <= count <= len(train):
-            raise UserError(
-                f"--train-size {train_size:g} asks for {count} examples: name 1 to {len(train)}."
-            )
-        order = np.random.default_rng(0).permutation(len(train))[:count]
-        splits["train"] = [train[i] for i in sorted(order)]
+    train = splits["train"]
+    count = round(train_size * len(train)) if train_size <= 1 else int(train_size)
+    if not 1 <= count <= len(train):
+        raise UserError(
+            f"--train-size {train_size:g} asks for {count} examples: name 1 to {len(train)}."
+        )
+    order = np.random.default_rng(0).permutation(len(train))[:count]
+    splits["train"] = [train[i] for i in sorted(order)]
     return task, splits
 
 
@@ -418,7 +423,7 @@ def own_task(name: str) -> tuple[Task, dict[str, list[Example]]]:
     numeric = replace(task, numeric=True, answer_format=NUMBER)
     by_id: dict[str, Example] = {}
     texts = []  # where labels are not numbers
-    for number, (where, row) in enumerate(parse_jsonl(read_file(path), name)):
+    for number, (where, row) in enumerate(read_jsonl(path)):
         example = to_example(task, where, row, f"row-{number}")
         if example.id in by_id:
             raise UserError(
@@ -456,7 +461,7 @@ def own_task(name: str) -> tuple[Task, dict[str, list[Example]]]:
 # 1. REWRITE, row by row: what is no part of the reply goes, the rest becomes plainer text.
 # 2. The rationale begins after EXPLANATION, or at the start, and ends before the first MARKER.
 # 3. The answer is what follows the last MARKER that gives one. Without a marker it is the last
-#    number, or the last choice named.
+#    number or the last choice named before EXPLANATION, or else after it.
 
 QUESTION = r"[ \t*_#>]*(?:Q|Question|Premise|Hypothesis|Sentence|Input)[*_]*[ ]?:"
 # Reasoning models think first. What stands before the last closing tag is thought, and so is
@@ -1024,7 +1029,7 @@ class Cache:
         """Output by (asked, sample), unless it was cut at fewer than `max_tokens`; the first of
         duplicates counts."""
         outputs: dict[Any, Any] = {}
-        for _, row in parse_jsonl(read_file(self.path), str(self.path), torn=True):
+        for _, row in read_jsonl(self.path, torn=True):
             if (row.get("max_tokens") or max_tokens) >= max_tokens:
                 outputs.setdefault((row.get("asked"), row.get("sample")), row.get("output"))
         return outputs
@@ -1048,10 +1053,12 @@ def sampled(
 ) -> dict[tuple[str, int], str]:
     """K outputs of each question by (id, sample): from the cache, and what is missing from the
     teacher, into the cache."""
+    # a folder whose model was trained again is another teacher
+    version = digest(teacher) if os.path.isdir(teacher) else teacher
     keys: dict[tuple[str, int], tuple[str, int]] = {}  # in the cache, by (id, sample)
     wanted: dict[tuple[str, int], Request] = {}  # by key, so that the same question is asked once
     for example in examples:
-        asked = json.dumps([teacher, options.temperature, SHOTS, chat(example)])
+        asked = json.dumps([version, options.temperature, SHOTS, chat(example)])
         for n in range(k):
             key = (hashlib.sha256(asked.encode()).hexdigest()[:16], n)
             keys[example.id, n], wanted[key] = key, (example, n)
@@ -1086,7 +1093,7 @@ SAMPLE = {"id": str, "teacher": str, "sample": int, "output": str}
 def read_samples(path: str) -> Iterator[tuple[str, str, int, str]]:
     """(id, teacher, sample, output) of a file of samples; UserError names the line that has not all
     four."""
-    for where, row in parse_jsonl(read_file(Path(path)), path):
+    for where, row in read_jsonl(path):
         for name, kind in SAMPLE.items():
             if type(row.get(name)) is not kind:
                 raise UserError(
@@ -1113,8 +1120,8 @@ def palm_outputs(task: Task, data: str) -> Iterator[tuple[str, str, int, str]]:
     if [type(output) for output in outputs] != [str] * rows:
         raise UserError(
             f"{data} has {len(outputs)} PaLM samples for {rows} training questions of {task.name},"
-            " or some that are no"
-            " texts; only their order tells whose they are: download the file again."
+            " or some that are no texts; only their order tells whose they are: download the file"
+            " again."
         )
     for i, output in enumerate(outputs):
         yield f"{task.name}-train-{i}", "palm-540b", 0, output
@@ -1156,9 +1163,10 @@ def toy_outputs(
 def collect(
     task: Task, examples: list[Example], teachers: list[str], options: Any
 ) -> dict[str, list[Sample]]:
-    """The parsed samples of each training question by id, from all teachers together."""
+    """The parsed samples of each training question by id, K from each teacher."""
     by_id = {example.id: example for example in examples}
     samples: dict[str, list[Sample]] = {}
+    most = 0
     for teacher in teachers or [default_teacher(task, examples, options)]:
         outputs: dict[tuple[str, str, int], str] = {}
         for id, name, n, output in outputs_of(teacher, task, examples, options):
@@ -1173,21 +1181,24 @@ def collect(
                 f" {examples[0].id!r}."
             )
         readable = False
+        of_teacher: dict[str, list[Sample]] = defaultdict(list)
         for (id, name, _), output in outputs.items():
             sample = Sample(name, output, by_id[id].label)
             if teacher != "own":  # a person's words are taken as they are
                 sample = Sample(name, *parse_output(task, by_id[id], cleaned(output)))
-            samples.setdefault(id, []).append(sample)
+            of_teacher[id].append(sample)
             readable |= task.key(sample.answer) is not None
         if not readable:
             raise UserError(
                 f"--teacher {teacher}: no answer can be read in any of {len(outputs)} replies,"
                 f" such as {output[:200]!r}."
             )
-    most = max(map(len, samples.values()))
+        for id, found in of_teacher.items():
+            samples.setdefault(id, []).extend(found[: options.k])
+            most = max(most, len(found))
     if options.k and options.k > most:
         raise UserError(f"--k {options.k} asks for more samples than there are: name 1 to {most}.")
-    return {id: own[: options.k] for id, own in samples.items()}
+    return samples
 
 
 def default_teacher(task: Task, examples: list[Example], options: Any) -> str:
@@ -1207,8 +1218,7 @@ def default_teacher(task: Task, examples: list[Example], options: Any) -> str:
 
 
 # --------------------------------------------------------------------------------------------------
-# The built-in task: toy, stories with sums that can be checked exactly, and tiny, a student for
-# them
+# The built-in task: toy, stories with sums that can be checked exactly, and tiny, their student
 
 NAMES = ["Anna", "Ben", "Carla", "David", "Emma"]
 THINGS = ["apples", "books", "cards", "coins", "eggs"]
@@ -1416,7 +1426,7 @@ def think(rng: random.Random, story: Story, error_rate: float) -> str:
 
 
 # tiny: a student small enough to pretrain on a laptop while you wait
-TINY_STEPS, TINY_BATCH, TINY_LR = 1000, 32, 2e-3
+PRETRAIN_STEPS, PRETRAIN_BATCH, PRETRAIN_LR = 1000, 32, 2e-3
 TINY_SHAPE: Any = {
     "d_model": 64,
     "d_kv": 16,
@@ -1477,12 +1487,11 @@ def tiny_tokenizer(rng: random.Random) -> transformers.T5Tokenizer:
 def corrupt_spans(
     rng: random.Random, ids: list[int], sentinels: list[int]
 ) -> tuple[list[int], list[int]]:
-    """T5's span corruption (arXiv 1910.10683, 3.1.4) in spans of three on average, at twice T5's
-    rate of 15%: most words of so plain stories cannot be guessed, so that more of them must be
-    asked for."""
+    """T5's span corruption (arXiv 1910.10683, 3.1.4) in spans of three tokens on average. It masks
+    a third of the tokens, where T5 masks 15%: few words of stories so plain can be guessed."""
     source, target, i, used = [], [], 0, 0
     while i < len(ids):
-        if rng.random() < 0.3 / 3 / 0.7 and used < len(sentinels):
+        if rng.random() < 1 / 7 and used < len(sentinels):
             span = min(rng.randint(1, 5), len(ids) - i)
             source.append(sentinels[used])
             target += [sentinels[used], *ids[i : i + span]]
@@ -1507,7 +1516,7 @@ def tiny_student() -> Path:
             config = transformers.T5Config(vocab_size=len(tokenizer), **TINY_SHAPE)
             model = transformers.T5ForConditionalGeneration(config)
             pretrain_tiny(model, tokenizer, rng)
-            temporary = CACHE / "tiny.tmp"
+            temporary = Path(f"{path}.tmp")
             model.save_pretrained(temporary)
             tokenizer.save_pretrained(temporary)
             os.replace(temporary, path)
@@ -1524,16 +1533,15 @@ def pretrain_tiny(
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     sentinels: Any = tokenizer.convert_tokens_to_ids([f"<extra_id_{i}>" for i in range(20)])
-    optimizer = torch.optim.AdamW(model.parameters(), TINY_LR)
+    optimizer = torch.optim.AdamW(model.parameters(), PRETRAIN_LR)
 
     def padded(rows: list[list[int]], value: int) -> torch.Tensor:
         return torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], True, value)
 
-    for step in tqdm(range(TINY_STEPS), desc="pretraining the student tiny, once", unit="step"):
-        optimizer.param_groups[0]["lr"] = (
-            TINY_LR * min(1, (step + 1) / 100) * (1 - step / TINY_STEPS)
-        )
-        texts = tokenizer([told_story(rng) for _ in range(TINY_BATCH)]).input_ids
+    for step in tqdm(range(PRETRAIN_STEPS), "pretraining the student tiny, once", unit="step"):
+        rise, fall = min(1, (step + 1) / 100), 1 - step / PRETRAIN_STEPS
+        optimizer.param_groups[0]["lr"] = PRETRAIN_LR * rise * fall
+        texts = tokenizer([told_story(rng) for _ in range(PRETRAIN_BATCH)]).input_ids
         pairs = [corrupt_spans(rng, ids[:-1], sentinels) for ids in texts]
         source = padded([s + [1] for s, _ in pairs], 0)
         target = padded([t + [1] for _, t in pairs], -100)

@@ -87,12 +87,12 @@ class Options:
 
 
 @contextmanager
-def told_as(typed: str, option: str) -> Iterator[None]:
-    """Messages from inside name the option that was typed here, not the one of qcrd.py."""
+def reworded(old: str, new: str) -> Iterator[None]:
+    """Replace words of messages from inside, which name options of qcrd.py."""
     try:
         yield
     except UserError as error:
-        raise UserError(str(error).replace(option, typed))
+        raise UserError(str(error).replace(old, new))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -123,10 +123,10 @@ def options_of(run: Path) -> qcrd.Options:
 
 def rows_of(path: Path) -> list[dict[str, Any]]:
     """The rows of a JSON Lines file."""
-    return [row for _, row in data.parse_jsonl(data.read_file(path), str(path))]
+    return [row for _, row in data.read_jsonl(path)]
 
 
-def open_run(
+def load_run(
     folder: str, options: Options
 ) -> tuple[Path, Student, Discriminator | None, qcrd.Options]:
     """The path, the student, the discriminator if there is one, and the options of a run
@@ -136,7 +136,7 @@ def open_run(
         own, student_path = qcrd.Options(task=options.task, data=options.data, disc="none"), path
     else:
         own, student_path = options_of(path), path / "student"
-    with told_as("--runs", "--student"):
+    with reworded("--student", "--runs"):
         student = qcrd.load_student(str(student_path), own)
     disc = None
     if own.disc != "none":
@@ -161,10 +161,10 @@ def distinct_2(texts: Sequence[str]) -> float:
     return len(set(pairs)) / max(1, len(pairs))
 
 
-def score(folder: str, options: Options) -> dict[str, float]:
+def score_run(folder: str, options: Options) -> dict[str, float]:
     """Label accuracy on the test split, and of the rationales validity, distinct-2 and mean D
     score; predictions.jsonl has a row for each question."""
-    path, student, disc, own = open_run(folder, options)
+    path, student, disc, own = load_run(folder, options)
     task, splits = data.load_task(own.task, own.data)
     result, rows = evaluate(student, task, splits, "test", own)
     texts = [row["rationale"] for row in rows if "rationale" in row]
@@ -193,7 +193,7 @@ def show(folder: str, options: Options) -> None:
 
     They are questions whose vote is right and where a negative pushes, if there are any.
     """
-    path, student, disc, own = open_run(folder, options)
+    path, student, disc, own = load_run(folder, options)
     task, splits, samples, questions = prepare(own)
     self_negatives = read_negatives(questions, own.rounds - 1, path, own)
     wanted = [q for q in questions if q.example.id == options.show]
@@ -288,10 +288,10 @@ T_975 += [4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16
 
 
 def interval(values: np.ndarray) -> tuple[float, float]:
-    """The mean in points, and half of its 95% interval: by Student's t, the normal one for more
-    than 16 values, nan for fewer than three."""
+    """The mean in points, and half of its 95% interval by Student's t; nan for fewer than three
+    values."""
     n = len(values)
-    t = 1.96 if n > 16 else T_975[n]  # the normal's
+    t = T_975[n] if n < len(T_975) else 1.96 + 2.5 / (n - 1)  # within 0.005 of it
     return 100 * values.mean(), 100 * t * values.std() / math.sqrt(n - 1)
 
 
@@ -310,7 +310,7 @@ def compare(options: Options) -> None:
             gain = spelled(*interval(a - b))
             print(f"{metric}: A {a.mean():.1%}, B {b.mean():.1%}, A - B {gain} points")
     print(
-        "± is half of the 95% interval, normal, paired over these",
+        "± is half of the 95% interval, by Student's t, paired over these",
         len(rows),
         "questions.\nIt is about two students; only several seeds tell about methods: see --study.",
     )
@@ -404,6 +404,7 @@ class Run(NamedTuple):
 
     out: Path
     words: list[str]
+    fixed_run: Path | None = None  # of the fixed student, which is made first
 
 
 def study_path(options: Options, *parts: str) -> Path:
@@ -427,12 +428,13 @@ def plan(options: Options, name: str) -> dict[str, list[Run]]:
         for seed in range(options.seeds):
             keys = [key for key in row if key not in ("against", "fixed_student")]
             words = [f"{flag(key)}={row[key]}" for key in keys]
-            out = study_path(options, *words, f"s{seed}")
+            out, fixed_run = study_path(options, *words, f"s{seed}"), None
             if "fixed_student" in row:
-                words.append(f"--fixed-student={runs[row['fixed_student']][seed].out}")
+                fixed_run = runs[row["fixed_student"]][seed].out
+                words.append(f"--fixed-student={fixed_run}")
             words += [f"--task={options.task}", f"--data={options.data}", f"--seed={seed}"]
             words += [f"--student={options.student}", f"--out={out}", *options.options.split()]
-            runs[label].append(Run(out, words))
+            runs[label].append(Run(out, words, fixed_run))
     return runs
 
 
@@ -454,30 +456,30 @@ def start(run: Run) -> subprocess.Popen:
         )
 
 
-def run_missing(runs: list[Run], jobs: int) -> None:
-    """Train what has no result yet, `jobs` runs at a time, each on its share of the cores."""
+def run_missing(runs: list[Run], options: Options) -> None:
+    """Train what has no result yet, --jobs runs at a time, each on its share of the cores."""
     waiting = []
     for run in runs:
         if result_of(run):
-            with told_as("move it away", "use --out, or --overwrite"):
+            with reworded("use --out, or --overwrite", "move it away"):
                 qcrd.open_run(run.out, qcrd.parse_options(run.words))
         else:
             waiting.append(run)
     print(
-        f"{len(runs)} runs, {len(waiting)} of them to be made, {jobs} at a time. How long that"
-        " takes"
-        " stands right of the bar once one has ended."
+        f"{len(runs)} runs, {len(waiting)} of them to be made, {options.jobs} at a time. How long that"
+        " takes stands right of the bar once one has ended."
     )
-    os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // jobs))
+    if options.student != "tiny":  # which is trained on one thread
+        threads = max(1, (os.cpu_count() or 1) // options.jobs)
+        os.environ.setdefault("OMP_NUM_THREADS", str(threads))
     # with tokenizers' own threads in each, two runs side by side took a fifth longer
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     running: dict[subprocess.Popen, Run] = {}
     try:
         with tqdm(total=len(waiting), unit="run") as bar:
             while waiting or running:
-                # the runs that a fixed student comes from stand before it, and end first
-                fixed = waiting and "fixed" in waiting[0].out.name
-                if waiting and len(running) < (1 if fixed else jobs):
+                made_now = [run.out for run in running.values()]
+                if waiting and len(running) < options.jobs and waiting[0].fixed_run not in made_now:
                     run = waiting.pop(0)
                     running[start(run)] = run
                 for process in [process for process in running if process.poll() is not None]:
@@ -583,7 +585,7 @@ def draw(path: Path, title: str, lines: dict[str, Any], style: str = ".-") -> No
 def plot_run(folder: str, options: Options) -> None:
     """Each loss against the round, and, where there is a discriminator, the density of its scores
     as in the paper's Fig. 6."""
-    path, student, disc, own = open_run(folder, options)
+    path, student, disc, own = load_run(folder, options)
     rows = rows_of(path / "metrics.jsonl")
     lines: dict[str, Any] = {}
     for name in dict.fromkeys(chain(*rows)):
@@ -604,10 +606,12 @@ def plot_run(folder: str, options: Options) -> None:
         groups[f"student at temperature {t}"] = [Rationale(*pair, False) for pair in texts]
     lines = {}
     for name, group in groups.items():
+        if not group:
+            continue
         with without_dropout(student.model, disc):
             student.fit(set_scores, student, disc, held_out, group)
         density, edges = np.histogram([r.score for r in group], 25, (0, 1), density=True)
-        lines[name] = (edges[1:], density)
+        lines[name] = ((edges[:-1] + edges[1:]) / 2, density)
     draw(path / "scores.png", f"{folder}: density of s on held-out questions", lines)
 
 
@@ -622,7 +626,7 @@ def studies(options: Options) -> None:
     every: dict[Path, Run] = {}  # studies share runs
     for rows in plans.values():
         every |= {run.out: run for run in chain(*rows.values())}
-    run_missing(list(every.values()), options.jobs)
+    run_missing(list(every.values()), options)
     for name, rows in plans.items():
         write_table(options, name, rows)
         if options.plot:
@@ -652,7 +656,11 @@ READ_AS = [
 
 def read_verdict(reply: str) -> str | None:
     """A, B or tie, as a judge wrote it; None where it cannot be read."""
-    text = re.sub(data.THINKING, "", reply).replace("\\text", "").replace("\n", " . ")
+    text = (
+        re.sub(data.THINKING, "", reply, flags=re.IGNORECASE)
+        .replace("\\text", "")
+        .replace("\n", " . ")
+    )
     text = re.sub(r"[^\w.,:;'>-]+", " ", text).strip(" .")  # without LaTeX and Markdown
     for pattern in READ_AS:
         found = re.findall(pattern.replace("X", X), text)
@@ -693,7 +701,7 @@ def judge(options: Options) -> Counter:
             filled = text.format(data.question_text(example), a["rationale"], b["rationale"])
             asked.append(Example(filled, filled, ""))
     cache = data.Cache(data.CACHE / "verdicts.jsonl")
-    with told_as("--judge", "--teacher"):
+    with reworded("--teacher", "--judge"):
         replies = data.sampled(cache, asked, 1, options.judge, ask_judge, options)
     texts = [replies[example.id, 0] for example in asked]
     counts = Counter(map(verdict, texts[::2], texts[1::2]))
@@ -718,7 +726,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError("nothing to do: name --runs to score, two to --compare, or a --study.")
     else:
         for run in options.runs:
-            (show if options.show else plot_run if options.plot else score)(run, options)
+            if options.show:
+                show(run, options)
+            elif options.plot:
+                plot_run(run, options)
+            else:
+                score_run(run, options)
 
 
 if __name__ == "__main__":

@@ -102,7 +102,9 @@ class TaskOptions:
         "Who wrote the samples: palm, a Hugging Face model, api:MODEL, or a JSON Lines file of"
         " samples. Several are pooled. By default the one that comes with the task.",
     )
-    k: int | None = option(None, "K, the samples a question: by default 5, or all that a file has.")
+    k: int | None = option(
+        None, "K, the samples a question of each teacher: by default 5, or all that a file has."
+    )
     temperature: float = option(0.7, "The temperature at which the teacher is sampled.")
     api_base: str = option(
         "", "The URL of an OpenAI-compatible server, else OPENAI_BASE_URL; key in OPENAI_API_KEY."
@@ -927,7 +929,7 @@ def read_negatives(
         return {}
     path = negatives_file(run, source)
     written: SelfNegatives = {}
-    for _, row in data.parse_jsonl(data.read_file(path), str(path)):
+    for _, row in data.read_jsonl(path):
         match row:
             case {"id": str(id), "output": str(text)}:
                 written[id] = text

@@ -92,17 +92,17 @@ def test_a_run_is_scored_again_as_it_scored_itself(copy, capsys):
     result = json.loads((copy / "result.json").read_text())
     rows = (copy / "predictions.jsonl").read_text()
     (copy / "predictions.jsonl").unlink()
-    scored = evaluation.score(str(copy), evaluation.Options())
+    scored = evaluation.score_run(str(copy), evaluation.Options())
     assert scored["accuracy"] == result["accuracy"] and scored["validity"] == result["validity"]
     assert 0 < scored["mean D score"] < 1 and 0 <= scored["distinct-2"] <= 1
     assert (copy / "predictions.jsonl").read_text() == rows
-    folder = evaluation.score(str(copy / "student"), evaluation.Options())
+    folder = evaluation.score_run(str(copy / "student"), evaluation.Options())
     assert folder["accuracy"] == result["accuracy"] and "mean D score" not in folder
 
 
 def test_a_tilde_in_runs_is_the_home_directory(copy, monkeypatch):
     monkeypatch.setenv("HOME", str(copy.parent))
-    assert evaluation.score("~/copy", evaluation.Options())["accuracy"] >= 0
+    assert evaluation.score_run("~/copy", evaluation.Options())["accuracy"] >= 0
     assert not Path("~").exists()
 
 
@@ -241,7 +241,7 @@ def test_a_shown_questions_terms_are_what_training_computes(copy, capsys):
     own = evaluation.options_of(copy)
     *_, questions = qcrd.prepare(own)
     name = re.search(r"Training question (\S+)", shown)[1]
-    _, model, disc, _ = evaluation.open_run(str(copy), evaluation.Options())
+    _, model, disc, _ = evaluation.load_run(str(copy), evaluation.Options())
     negatives = qcrd.read_negatives(questions, 2, copy, own)
     batch = [q for some in qcrd.round_batches(questions, own, 2) for q in some]
     row = [q.example.id for q in batch].index(name)
@@ -294,7 +294,9 @@ def test_an_interval_by_hand():
     mean, half = evaluation.interval(np.array([0.1, 0.2, 0.0]))
     assert mean == pytest.approx(10) and half == pytest.approx(4.30 * 10 / 3**0.5)
     mean, half = evaluation.interval(np.array([0.0, 1.0] * 50))
-    assert mean == 50 and half == pytest.approx(1.96 * 100 * 0.5 / 99**0.5)
+    assert mean == 50 and half == pytest.approx(1.984 * 100 * 0.5 / 99**0.5, rel=1e-3)
+    _, half = evaluation.interval(np.arange(17) / 100)  # t is 2.120 at 16 degrees of freedom
+    assert half == pytest.approx(2.12 * np.arange(17).std() / 4, rel=3e-3)
     mean, half = evaluation.interval(np.array([0.5, 0.7]))
     assert mean == pytest.approx(60) and math.isnan(half)  # two values tell nothing of it
     assert evaluation.spelled(mean, half) == "60.0" and evaluation.spelled(math.nan, half) == ""
@@ -312,10 +314,10 @@ def test_two_runs_are_compared_question_by_question(trained, tmp_path, capsys):
     evaluation.main(["--compare", str(tmp_path / "qcrd"), str(tmp_path / "dss")])
     printed = capsys.readouterr().out
     # five of twenty differences are 1: mean 0.25, standard deviation sqrt(0.25 * 0.75), n - 1 = 19
-    half = 100 * 1.96 * (0.25 * 0.75 / 19) ** 0.5
+    half = 100 * 2.093 * (0.25 * 0.75 / 19) ** 0.5  # t at 19 degrees of freedom
     assert f"accuracy: A 40.0%, B 15.0%, A - B 25.0 ± {half:.1f} points" in printed
     assert "validity: A 50.0%, B 50.0%, A - B 0.0 ± 0.0 points" in printed
-    assert "95% interval, normal, paired over these 20 questions" in printed
+    assert "95% interval, by Student's t, paired over these 20 questions" in printed
     assert "On 5 questions one is right and the other wrong." in printed
     assert re.findall(r"A, then B, on toy-test-(\d+)", printed) == ["3", "4", "5", "6", "7"]
     assert printed.count("The student answers: ") == 10
@@ -464,6 +466,16 @@ def test_a_study_runs_what_is_missing_and_goes_on(student, tmp_path):
     assert "move it away" in err and "--overwrite" not in err
 
 
+@pytest.mark.parametrize(("student", "set_to"), [("tiny", None), ("t5", "1")])
+def test_runs_of_a_study_share_the_cores_but_for_tiny_which_has_one_thread(
+    monkeypatch, student, set_to
+):
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    monkeypatch.setattr(os, "cpu_count", lambda: 3)
+    evaluation.run_missing([], evaluation.Options(student=student, jobs=2))
+    assert os.environ.get("OMP_NUM_THREADS") == set_to
+
+
 def test_a_study_whose_run_fails_tells_where_it_says_why(student, tmp_path):
     failed = start_study(
         tmp_path, student, "--study", "labels", "--seeds", "1", "--options", "--rounds -1"
@@ -579,6 +591,20 @@ def test_pictures_of_a_run_are_drawn_also_where_d_did_not_learn_in_some_rounds(c
         assert (copy / name).read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_density_stands_over_the_middle_of_its_bins_and_is_left_out_without_texts(
+    train, monkeypatch
+):
+    run = train("one", "--k", "1", "--rounds", "1")  # no minority, and so no teacher's negatives
+    drawn: dict[str, dict] = {}
+    monkeypatch.setattr(evaluation, "draw", lambda path, _, lines: drawn.update({path.name: lines}))
+    evaluation.main(["--runs", run, "--plot"])
+    densities = drawn["scores.png"]
+    assert "positives" in densities and "teacher's negatives" not in densities
+    for x, density in densities.values():
+        assert x[0] == pytest.approx(0.02) and x[-1] == pytest.approx(0.98)
+        assert sum(density) / 25 == pytest.approx(1)
+
+
 def test_a_run_without_a_discriminator_has_a_picture_of_its_losses(trained, tmp_path):
     run = shutil.copytree(trained / "dss", tmp_path / "dss")
     evaluation.main(["--runs", str(run), "--plot"])
@@ -610,6 +636,7 @@ def test_a_run_without_a_discriminator_has_a_picture_of_its_losses(trained, tmp_
         ("<think>B looks good, but</think>A", "A"),
         ("<think>\nhmm, B\n</think>\n\n**A**", "A"),
         ("<think>A is better, since", None),
+        ("<Think>B is better</Think>A", "A"),
         ("The better explanation is B.", "B"),
         ("B is worse than A", "A"),
         ("A is better than B.", "A"),

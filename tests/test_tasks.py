@@ -6,6 +6,8 @@ import math
 import os
 import random
 import signal
+import subprocess
+import sys
 import threading
 import time
 import zipfile
@@ -16,6 +18,7 @@ import pytest
 
 import data
 from data import TASKS, Example, Task, UserError
+from tests.conftest import ROOT
 
 
 def write(path: Path, rows: list[dict]) -> str:
@@ -299,6 +302,20 @@ def test_a_model_folder_has_another_digest_once_a_model_file_was_changed(tmp_pat
 
 
 # The cache folder and downloads
+
+
+@pytest.mark.parametrize("folder", [".", "~nobody-of-this-name/qcrd"])
+def test_the_cache_may_be_any_folder(tmp_path, folder):
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import data; print(data.CACHE)"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env=os.environ | {"QCRD_CACHE": folder},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.strip() == folder or (folder[0] == "~" and done.stdout.strip()[0] == "/")
 
 
 def test_a_cache_folder_that_cannot_be_is_one_sentence(tmp_path, monkeypatch):

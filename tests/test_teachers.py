@@ -363,6 +363,12 @@ def test_a_local_model_is_sampled_in_batches(tmp_path, monkeypatch, kind):
     assert len(set(outputs.values())) > 10  # sampled, not one greedy answer
     monkeypatch.setattr(data, "ask_model", None)  # the second time all comes from the cache
     assert data.sampled(cache, examples, 3, str(folder), chat, options) == outputs
+    # a model that was trained again in the same folder is asked anew
+    again = [((e, n), "other words", "") for e in examples for n in range(3)]
+    monkeypatch.setattr(data, "ask_model", lambda *_: again)
+    (folder / "config.json").write_text((folder / "config.json").read_text() + " ")
+    found = data.sampled(cache, examples, 3, str(folder), chat, options)
+    assert set(found.values()) == {"other words"}
 
 
 def test_several_teachers_are_pooled(tmp_path, monkeypatch):
@@ -378,6 +384,9 @@ def test_several_teachers_are_pooled(tmp_path, monkeypatch):
     )
     samples = data.collect(TASKS["toy"], examples, ["toy", str(file)], make_options())
     assert all([s.teacher for s in own] == ["toy"] * 5 + ["me"] for own in samples.values())
+    # K are of each teacher: none is asked for samples that are not used
+    samples = data.collect(TASKS["toy"], examples, ["toy", str(file)], make_options(k=2))
+    assert all([s.teacher for s in own] == ["toy"] * 2 + ["me"] for own in samples.values())
 
 
 class Files(BaseHTTPRequestHandler):
