@@ -417,32 +417,26 @@ def test_files_of_one_name_have_folders_of_their_own(tmp_path):
 STUDY = "--train-size 16 --rounds 1 --batch-size 8 --disc-steps 1 --max-target 8"
 
 
-def start_study(folder: Path, student: str, *more: str) -> subprocess.Popen:
-    """A study in a process of its own, on the toy cut short by a file that each child imports."""
-    (folder / "sitecustomize.py").write_text(
+@pytest.fixture
+def place(tmp_path, monkeypatch) -> Path:
+    """A working directory, where each process that starts in it has the toy cut short."""
+    (tmp_path / "sitecustomize.py").write_text(
         f"import sys; sys.path.insert(0, {str(ROOT)!r}); import data\n"
         "data.TOY_SIZES = {'train': 60, 'valid': 10, 'test': 20}\n"
     )
-    command = [sys.executable, str(ROOT / "eval.py"), "--student", student, *more]
-    return subprocess.Popen(
-        command,
-        cwd=folder,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"PYTHONPATH": str(folder)},
-    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
 
 
-def test_a_study_runs_what_is_missing_and_goes_on(student, tmp_path):
-    command = ["--study", "labels", "--seeds", "1", "--options", STUDY]
-    first = start_study(tmp_path, student, *command)
-    out, err = first.communicate(timeout=280)
-    assert first.returncode == 0, err
+def test_a_study_runs_what_is_missing_and_goes_on(student, place, capsys):
+    command = ["--study", "labels", "--seeds", "1", "--student", student, "--options", STUDY]
+    evaluation.main(command)
+    out = capsys.readouterr().out
     assert "3 runs, 3 of them to be made, 2 at a time" in out
-    results = sorted(tmp_path.rglob("result.json"))
+    results = sorted(place.rglob("result.json"))
     assert len(results) == 3
-    files = {path.suffix: path for path in (tmp_path / "runs/studies/toy").glob("*-labels.*")}
+    files = {path.suffix: path for path in (place / "runs/studies/toy").glob("*-labels.*")}
     table, sheet = files[".md"].read_text(), files[".csv"].read_text()
     assert "| dss |" in table and table in out
     assert " ± " not in table.split("\n\n")[0]  # no interval for one seed
@@ -450,20 +444,19 @@ def test_a_study_runs_what_is_missing_and_goes_on(student, tmp_path):
         assert "[0]" in text and "--rounds 1 --batch-size 8" in text and "--labels" in text
     results[0].write_text("null")  # as if the study had been killed
     times = [path.stat().st_mtime_ns for path in results[1:]]
-    again = start_study(tmp_path, student, *command)
-    out, err = again.communicate(timeout=280)
-    assert again.returncode == 0, err
-    assert "3 runs, 1 of them to be made" in out and "accuracy" in results[0].read_text()
+    evaluation.main(command)
+    assert "3 runs, 1 of them to be made" in capsys.readouterr().out
+    assert "accuracy" in results[0].read_text()
     assert [path.stat().st_mtime_ns for path in results[1:]] == times
     # what was made with other options, or from another student, is not taken
     config = results[1].parent / "config.json"
     options = json.loads(config.read_text())["options"]
     change(config, options=options | {"toy_errors": 0.4})
-    refused = start_study(tmp_path, student, *command)
-    out, err = refused.communicate(timeout=280)
-    assert refused.returncode == 2 and "Traceback" not in err
-    assert f"error: {results[1].parent.relative_to(tmp_path)}" in err and "--toy-errors 0.4" in err
-    assert "move it away" in err and "--overwrite" not in err
+    with pytest.raises(UserError) as error:
+        evaluation.main(command)
+    told = str(error.value)
+    assert told.startswith(str(results[1].parent.relative_to(place))) and "--toy-errors 0.4" in told
+    assert "move it away" in told and "--overwrite" not in told
 
 
 @pytest.mark.parametrize(("student", "set_to"), [("tiny", None), ("t5", "1")])
@@ -476,30 +469,30 @@ def test_runs_of_a_study_share_the_cores_but_for_tiny_which_has_one_thread(
     assert os.environ.get("OMP_NUM_THREADS") == set_to
 
 
-def test_a_study_whose_run_fails_tells_where_it_says_why(student, tmp_path):
-    failed = start_study(
-        tmp_path, student, "--study", "labels", "--seeds", "1", "--options", "--rounds -1"
-    )
-    _, err = failed.communicate(timeout=120)
-    assert failed.returncode == 2 and "Traceback" not in err
-    log = re.search(r"error: a run of the study failed: (\S+log.txt) tells why", err)[1]
-    assert "--rounds is -1" in (tmp_path / log).read_text()
+def test_a_study_whose_run_fails_tells_where_it_says_why(student, place):
+    wrong = ["--options", "--rounds -1"]
+    with pytest.raises(UserError) as error:
+        evaluation.main(["--study", "labels", "--seeds", "1", "--student", student, *wrong])
+    log = re.search(r"a run of the study failed: (\S+log.txt) tells why", str(error.value))[1]
+    assert "--rounds is -1" in Path(log).read_text()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_studys_runs_end_with_it(student, tmp_path, number):
+def test_a_studys_runs_end_with_it(student, place):
     long = "--train-size 48 --rounds 9 --round-steps 500 --batch-size 8 --max-target 8"
-    study = start_study(tmp_path, student, "--study", "methods", "--seeds", "1", "--options", long)
+    command = ["--study", "methods", "--seeds", "1", "--student", student, "--options", long]
+    study = subprocess.Popen(
+        [sys.executable, str(ROOT / "eval.py"), *command], stderr=subprocess.PIPE, text=True
+    )
     deadline = time.monotonic() + 120
-    while len(list(tmp_path.rglob("checkpoint.pt"))) < 2 and time.monotonic() < deadline:
+    while len(list(place.rglob("checkpoint.pt"))) < 2 and time.monotonic() < deadline:
         time.sleep(0.2)  # the first two runs are training
-    study.send_signal(number)
+    study.send_signal(signal.SIGINT)
     _, err = study.communicate(timeout=60)
-    assert len(list(tmp_path.rglob("checkpoint.pt"))) == 2
+    assert len(list(place.rglob("checkpoint.pt"))) == 2
     assert study.returncode == 130 and "Stopped." in err
-    left = subprocess.run(["pgrep", "-f", str(tmp_path)], capture_output=True, check=False)
+    left = subprocess.run(["pgrep", "-f", student], capture_output=True, check=False)
     assert left.stdout == b""
-    for log in tmp_path.rglob("log.txt"):
+    for log in place.rglob("log.txt"):
         assert "Traceback" not in log.read_text()
 
 
