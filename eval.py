@@ -551,15 +551,21 @@ def plot_study(options: Options, name: str, runs: dict[str, list[Run]]) -> None:
     found, key = metrics_of(name, runs), VARIES.get(name)
     for metric in METRICS:
         lines: dict[str, Any] = {}
+        far = []
         for label, row in STUDIES[name].items():
-            x, line, column = label, f"rows beyond {FAR} points are left out", f"{metric} - dss"
+            x, line, column = label, "rows", f"{metric} - dss"
             if key:
                 x = row.get(key, getattr(qcrd.Options(), key))
                 line, column = label.split(",")[0], metric
-            if abs(found[label, column][0]) <= (100 if key else FAR):  # nan is not
-                lines.setdefault(line, []).append((x, *found[label, column]))
+            mean, half = found[label, column]
+            if abs(mean) > FAR and not key:
+                far.append(label)
+            elif not math.isnan(mean):
+                lines.setdefault(line, []).append((x, mean, half))
         if lines:
-            title = f"{column}, points with 95% intervals, {options.seeds} seeds; by {key or 'row'}"
+            title = f"{column}, points with 95% intervals, {options.seeds} seeds"
+            title += f"; by {key}" if key else ""
+            title += f"\nbeyond {FAR} points, not shown: {', '.join(far)}" if far else ""
             path = Path(f"{study_path(options, name, metric)}.svg")
             draw(path, title, {line: zip(*lines[line]) for line in lines}, "o-" if key else "o")
 
@@ -577,7 +583,8 @@ def draw(path: Path, title: str, lines: dict[str, Any], style: str = ".-") -> No
             axes.errorbar(*line, label=label, fmt=style)  # type: ignore[misc]
         axes.grid(axis="y")
         axes.tick_params("x", rotation=30)
-        axes.legend()
+        if len(lines) > 1:
+            figure.legend(loc="outside lower center", ncols=2)  # where it hides nothing
         figure.savefig(path)
     print("Drawn:", path)
 

@@ -528,7 +528,7 @@ def test_studies_print_differences_and_are_drawn_from_their_results(tmp_path, mo
     assert len(pictures) == 6
     methods = next(text for name, text in pictures.items() if "methods-validity" in name)
     assert "validity - dss" in methods and "3 seeds" in methods and ">qcrd<" in methods
-    assert ">mi<" not in methods and "rows beyond 15 points are left out" in methods
+    assert ">mi<" not in methods and "beyond 15 points, not shown: mi" in methods
     assert not re.search(r">[−-](20|30|40)<", methods)  # mi does not stretch the axis
     noise = next(text for name, text in pictures.items() if "noise-accuracy" in name)
     assert "by toy_errors" in noise and ">ED<" in noise and ">0.5<" in noise
