@@ -1177,8 +1177,8 @@ def collect(
                 )
         if not outputs:
             raise UserError(
-                f"--teacher {teacher} has no sample of {task.name}: ids must match, such as"
-                f" {examples[0].id!r}."
+                f"--teacher {teacher} has no sample of a training question of {task.name}: ids"
+                f" must match, such as {examples[0].id!r}."
             )
         readable = False
         of_teacher: dict[str, list[Sample]] = defaultdict(list)
