@@ -606,7 +606,7 @@ def parse_output(task: Task, example: Example, output: str) -> tuple[str, str | 
     for pattern, plain in REWRITE:
         output = re.sub("(?im)" + pattern, plain, output)[:20_000]
     parts = re.split(EXPLANATION, output, maxsplit=1)  # the answer may stand before the label
-    rationale = MARKER.split(parts[-1])[0].strip("*_#> \n")
+    rationale = MARKER.split(parts[-1])[0].strip("*_#> \t\r\n")
     _, *tails = MARKER.split(output)
     answer = None
     for tail in reversed(tails) if tails else parts:
@@ -1030,8 +1030,11 @@ class Cache:
         duplicates counts."""
         outputs: dict[Any, Any] = {}
         for _, row in read_jsonl(self.path, torn=True):
-            if (row.get("max_tokens") or max_tokens) >= max_tokens:
-                outputs.setdefault((row.get("asked"), row.get("sample")), row.get("output"))
+            limit = row.get("max_tokens")
+            match row:
+                case {"asked": str(asked), "sample": int(n), "output": str(output)}:
+                    if limit is None or type(limit) is int and limit >= max_tokens:
+                        outputs.setdefault((asked, n), output)
         return outputs
 
     def append(self, asked: str, teacher: str, sample: int, output: str, **more: Any) -> None:
@@ -1066,6 +1069,11 @@ def sampled(
     with cache.held():
         known = cache.load(options.max_tokens)
         missing = [request for key, request in wanted.items() if key not in known]
+        if missing and not options.api_concurrency:
+            raise UserError(
+                f"{len(missing)} samples of {teacher} are no longer in {cache.path}: set"
+                " QCRD_CACHE as it was when the run was trained."
+            )
         how = ask_api if teacher.startswith("api:") else ask_model
         answers = how(missing, chat, teacher.removeprefix("api:"), options) if missing else ()
         bar = tqdm(
@@ -1163,7 +1171,7 @@ def toy_outputs(
 def collect(
     task: Task, examples: list[Example], teachers: list[str], options: Any
 ) -> dict[str, list[Sample]]:
-    """The parsed samples of each training question by id, K from each teacher."""
+    """The parsed samples of each training question by id, in order, K from each teacher."""
     by_id = {example.id: example for example in examples}
     samples: dict[str, list[Sample]] = {}
     most = 0
@@ -1181,19 +1189,19 @@ def collect(
                 f" must match, such as {examples[0].id!r}."
             )
         readable = False
-        of_teacher: dict[str, list[Sample]] = defaultdict(list)
-        for (id, name, _), output in outputs.items():
+        of_teacher: dict[tuple[str, str], list[Sample]] = defaultdict(list)
+        for (id, name, _), output in sorted(outputs.items(), key=lambda item: item[0][2]):
             sample = Sample(name, output, by_id[id].label)
             if teacher != "own":  # a person's words are taken as they are
                 sample = Sample(name, *parse_output(task, by_id[id], cleaned(output)))
-            of_teacher[id].append(sample)
+            of_teacher[id, name].append(sample)
             readable |= task.key(sample.answer) is not None
         if not readable:
             raise UserError(
                 f"--teacher {teacher}: no answer can be read in any of {len(outputs)} replies,"
                 f" such as {output[:200]!r}."
             )
-        for id, found in of_teacher.items():
+        for (id, _), found in of_teacher.items():
             samples.setdefault(id, []).extend(found[: options.k])
             most = max(most, len(found))
     if options.k and options.k > most:

@@ -25,7 +25,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import chain, pairwise
+from itertools import chain, pairwise, product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -121,9 +121,22 @@ def options_of(run: Path) -> qcrd.Options:
     return own
 
 
-def rows_of(path: Path) -> list[dict[str, Any]]:
-    """The rows of a JSON Lines file."""
-    return [row for _, row in data.read_jsonl(path)]
+def rows_of(path: Path, *needed: str) -> list[dict[str, Any]]:
+    """The rows of a file that a run has written. UserError if one has not what is needed."""
+    rows = [row for _, row in data.read_jsonl(path)]
+    for row, name in product(rows, needed):
+        if name not in row:
+            raise UserError(f"{path} has a row without {name!r}: train the run again.")
+    return rows
+
+
+def prepare_again(path: Path, own: qcrd.Options) -> tuple:
+    """What `prepare` gave the run. UserError where that is no longer there."""
+    if not (path / "result.json").exists():
+        raise UserError(f"{path} is a student alone: --show and --plot need a run directory.")
+    found = prepare(replace(own, api_concurrency=0))  # 0: no teacher is asked again
+    qcrd.check_samples(path, found[2])
+    return found
 
 
 def load_run(
@@ -165,7 +178,7 @@ def score_run(folder: str, options: Options) -> dict[str, float]:
     """Label accuracy on the test split, and of the rationales validity, distinct-2 and mean D
     score; predictions.jsonl has a row for each question."""
     path, student, disc, own = load_run(folder, options)
-    task, splits = data.load_task(own.task, own.data)
+    task, splits = data.load_task(own.task, own.data, own.train_size)
     result, rows = evaluate(student, task, splits, "test", own)
     texts = [row["rationale"] for row in rows if "rationale" in row]
     if texts:
@@ -194,7 +207,7 @@ def show(folder: str, options: Options) -> None:
     They are questions whose vote is right and where a negative pushes, if there are any.
     """
     path, student, disc, own = load_run(folder, options)
-    task, splits, samples, questions = prepare(own)
+    task, splits, samples, questions = prepare_again(path, own)
     self_negatives = read_negatives(questions, own.rounds - 1, path, own)
     wanted = [q for q in questions if q.example.id == options.show]
     if not wanted and not re.fullmatch("[1-9][0-9]*", options.show):
@@ -273,8 +286,8 @@ def two_runs(folders: list[str]) -> list[tuple[Example, dict, dict]]:
         path = Path(folder).expanduser()
         own = options_of(path)
         tests.append(data.load_task(own.task, own.data)[1]["test"])
-        rows.append(rows_of(path / "predictions.jsonl"))
-        if [row.get("id") for row in rows[-1]] != [example.id for example in tests[-1]]:
+        rows.append(rows_of(path / "predictions.jsonl", "id", "label", "correct"))
+        if [row["id"] for row in rows[-1]] != [example.id for example in tests[-1]]:
             raise UserError(f"{folder} answered other test questions: score it again with --runs.")
     if len(tests) != 2 or tests[0] != tests[1]:
         raise UserError(f"{folders} are not two runs of one task: name two that are.")
@@ -593,7 +606,7 @@ def plot_run(folder: str, options: Options) -> None:
     """Each loss against the round, and, where there is a discriminator, the density of its scores
     as in the paper's Fig. 6."""
     path, student, disc, own = load_run(folder, options)
-    rows = rows_of(path / "metrics.jsonl")
+    rows = rows_of(path / "metrics.jsonl", "round")
     lines: dict[str, Any] = {}
     for name in dict.fromkeys(chain(*rows)):
         if name.startswith("L_"):  # a round in which D did not learn has no L_D
@@ -601,7 +614,7 @@ def plot_run(folder: str, options: Options) -> None:
     draw(path / "losses.png", f"{folder}: losses, nats per token (L_D: nats), by round", lines)
     if not disc:
         return
-    held_out = [q for q in prepare(own)[-1] if q.held_out][:500]
+    held_out = [q for q in prepare_again(path, own)[-1] if q.held_out][:500]
     inputs = [f"explain: {q.example.input}" for q in held_out]
     rationales = rationales_of(held_out, {})
     groups = {
@@ -699,7 +712,7 @@ def judge(options: Options) -> Counter:
     """Let a model compare the rationales of two runs, each pair in both orders; how many questions
     A won, tied, lost, and of how many a reply could not be read."""
     rows = two_runs(options.runs)[: options.pairs]
-    if "rationale" not in rows[0][1] or "rationale" not in rows[0][2]:
+    if not all("rationale" in a and "rationale" in b for _, a, b in rows):
         raise UserError("--judge: one of the runs writes no rationales.")
     text = "Question: {}\n\nExplanation A: {}\n\nExplanation B: {}"
     asked = []

@@ -285,7 +285,7 @@ def vote(
 
 def distinct(texts: Iterable[str]) -> list[str]:
     """Each text once, in the order in which they come, without empty ones."""
-    return list(dict.fromkeys(text for text in texts if text))
+    return list(dict.fromkeys(text for text in texts if text.strip()))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -929,7 +929,7 @@ def read_negatives(
         return {}
     path = negatives_file(run, source)
     written: SelfNegatives = {}
-    for _, row in data.read_jsonl(path):
+    for _, row in data.read_jsonl(path) if path.exists() else ():
         match row:
             case {"id": str(id), "output": str(text)}:
                 written[id] = text
@@ -1402,6 +1402,18 @@ def open_run(run: Path, options: Options) -> dict[str, Any]:
     return config
 
 
+def check_samples(run: Path, samples: dict[str, list[Sample]]) -> int:
+    """A checksum of the samples. UserError if the run was begun with others."""
+    now = zlib.crc32(repr(samples).encode())
+    before = (read_object(run / "config.json") or {}).get("samples", now)
+    if before != now:
+        raise UserError(
+            f"The teacher's samples are not those that {run} was begun with: set QCRD_CACHE as it"
+            " was then, or start afresh with --overwrite."
+        )
+    return now
+
+
 def delete_run(run: Path, inputs: Iterable[str]) -> None:
     """Delete what this program wrote in a run directory, and nothing else."""
     needed = [Path.cwd(), *map(Path, inputs)]
@@ -1468,8 +1480,12 @@ def parse_options(argv: Sequence[str] | None = None) -> Options:
         ):
             raise UserError(f"{flag(name)} is {value}: it must be a finite number, {least} 0.")
     fixed_run = Path(options.fixed_student).expanduser()
-    if options.negatives == "fixed" and not read_object(fixed_run / "result.json"):
+    made_with = (read_object(fixed_run / "config.json") or {}).get("options") or {}
+    finished = (fixed_run / "result.json").exists() and made_with.get("method") == "dss"
+    if options.negatives == "fixed" and not finished:
         raise UserError("--negatives fixed needs --fixed-student, a finished dss run's directory.")
+    if len(set(options.teacher)) < len(options.teacher):
+        raise UserError("--teacher names one teacher twice: name each once.")
     if options.api_base:
         data.check_api_base(options.api_base)
     if options.toy_errors > 1:
@@ -1554,6 +1570,7 @@ def execute(run: Path, options: Options) -> dict[str, float]:
         task, splits, samples, questions = prepare(options)
         if samples:
             report(task, splits["train"], samples, questions)
+        config["samples"] = check_samples(run, samples)
         check_texts(student, questions, options)
         # a student that does not end by itself writes up to the longest text that it learned
         learned = [text for q in questions[:10_000] for text in (q.label, *q.positives)]
@@ -1594,6 +1611,8 @@ def run_command(command: Callable[[], Any]) -> None:
     except torch.OutOfMemoryError:
         said = "error: the GPU's memory is full: use a smaller --student or --batch-size."
     except KeyboardInterrupt:
+        for number in (signal.SIGINT, signal.SIGTERM):  # what follows is short
+            signal.signal(number, signal.SIG_IGN)
         code, said = 130, "Stopped. Finished rounds are saved; the same command goes on from there"
         said += ", without --overwrite." if "--overwrite" in sys.argv else "."
     except BrokenPipeError:  # the reader of a pipe, such as head, has what it wants

@@ -75,6 +75,7 @@ OPTIONS = [
     ("--task nowhere", "--task nowhere"),
     ("--task svamp --data nowhere.zip", "--data nowhere.zip"),
     ("--teacher palm", "--teacher palm"),
+    ("--teacher own own", "--teacher names one teacher twice"),
     ("--teacher nowhere/at-all", "--teacher nowhere/at-all"),
     ("--student nowhere/at-all", "--student nowhere/at-all"),
 ]
@@ -485,7 +486,10 @@ def test_negatives_of_a_fixed_student_need_its_run_also_beside_a_folder_called_s
     place, capfd
 ):
     assert Path("student").is_dir()
-    for more in ([], ["--fixed-student", ""], ["--fixed-student", "nowhere"]):
+    qcrd.main(["--out", "no-dss", "--positives", "none", "--student", "student", *SHORT])
+    capfd.readouterr()
+    fixed_students = ["", "nowhere", "no-dss"]
+    for more in ([], *(["--fixed-student", name] for name in fixed_students)):
         assert "--fixed-student" in refusal(capfd, "--negatives", "fixed", *more, *SHORT)
 
 

@@ -282,7 +282,42 @@ def test_a_run_is_shown_without_its_teachers_server(train, tmp_path, monkeypatch
     evaluation.main(["--runs", run, "--show", "1"])
     shown = capsys.readouterr().out
     assert "votes: {'( 1 + 2 )': 2}" in shown and "one and two are three" in shown
+    # where they are no longer cached, nobody pays for others
+    monkeypatch.setattr(data, "CACHE", tmp_path / "elsewhere")
+    for how in (["--show", "1"], ["--plot"]):
+        with pytest.raises(UserError, match="96 samples of api:m are no longer in .*QCRD_CACHE"):
+            evaluation.main(["--runs", run, *how])
     assert len(server.times) == asked
+
+
+def test_a_run_of_some_of_the_questions_is_scored_again_as_it_scored_itself(train):
+    run = Path(train("run", "--train-size", "5", "--rounds", "1"))
+    before = (run / "predictions.jsonl").read_text()
+    evaluation.main(["--runs", str(run)])
+    assert (run / "predictions.jsonl").read_text() == before
+
+
+@pytest.mark.parametrize(
+    ("file", "how"), [("predictions.jsonl", "--compare"), ("metrics.jsonl", "--plot")]
+)
+def test_a_row_that_is_damaged_is_told(copy, file, how):
+    rows = evaluation.rows_of(copy / file)
+    left = {"id": rows[0].get("id")}
+    qcrd.write_jsonl(copy / file, [left, *rows[1:]])
+    command = (
+        ["--compare", str(copy), str(copy)] if how == "--compare" else ["--runs", str(copy), how]
+    )
+    with pytest.raises(UserError, match=f"{file} has a row without '(label|round)'"):
+        evaluation.main(command)
+
+
+def test_what_is_gone_from_a_run_is_told(copy):
+    for how in ("--show", "--plot"):
+        with pytest.raises(UserError, match="is a student alone|cannot be read"):
+            evaluation.main(["--runs", str(copy / "student"), how, *["1"][: how == "--show"]])
+    shutil.rmtree(copy / "negatives")
+    with pytest.raises(UserError, match="has not what the student wrote: .*--overwrite"):
+        evaluation.main(["--runs", str(copy), "--show", "1"])
 
 
 # --------------------------------------------------------------------------------------------------

@@ -703,6 +703,9 @@ def test_overwrite_does_not_delete_the_working_directory(whole, student, tmp_pat
 def test_overwrite_does_not_delete_what_the_new_run_is_to_read(option, whole, student, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(whole, run)
+    config = json.loads((run / "config.json").read_text())
+    config["options"]["method"] = "dss"  # as a fixed student's run must be
+    (run / "config.json").write_text(json.dumps(config))
     before = tree(run)
     more = {
         "--student": ["--student", str(run / "student")],
@@ -798,6 +801,30 @@ SWAPS = {
     "student": change_the_weights,
     "student ": change_the_tokenizer,
 }
+
+
+def test_a_run_goes_on_with_the_samples_that_it_was_begun_with(own, monkeypatch):
+    command, _ = own
+    killed(monkeypatch, "write_negatives", 2, command)
+    collect = data.collect
+
+    def others(*how: Any) -> dict:  # as a teacher gives when it is asked anew
+        samples = collect(*how)
+        return {id: found[::-1] for id, found in samples.items()}
+
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "collect", others)
+        sentence = refused(command)
+    assert "samples are not those" in sentence and "QCRD_CACHE" in sentence
+    assert qcrd.main(command)["accuracy"] >= 0
+
+
+@pytest.mark.parametrize("text", ["", " ", "\r\n\t"])
+def test_white_space_is_no_rationale(text):
+    assert qcrd.distinct([text, "a", text, "b", "a"]) == ["a", "b"]
+    example = data.Example("q", "How many?", "7")
+    parsed = data.parse_output(data.Task("my"), example, f"{text}The answer is 7.")
+    assert parsed == ("", "7")
 
 
 @pytest.mark.parametrize("finished", [False, True])

@@ -302,6 +302,21 @@ def test_two_processes_on_one_cache_do_not_corrupt_it(tmp_path):
     assert len(Cache(path).load()) == 200
 
 
+def test_a_line_of_other_types_is_no_sample(tmp_path):
+    cache = Cache(tmp_path / "c.jsonl")
+    rows: list[dict[str, Any]] = [
+        {"asked": [], "sample": 0, "output": "x"},
+        {"asked": "a", "sample": "0", "output": "x"},
+        {"asked": "a", "sample": 0, "output": None},
+        {"asked": "a", "sample": 0, "output": "x", "max_tokens": "512"},
+        {"asked": "a", "sample": 0, "output": "cut", "max_tokens": 4},
+        {"asked": "a", "sample": 1, "output": "whole", "max_tokens": None},
+    ]
+    cache.path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert cache.load(8) == {("a", 1): "whole"}
+    assert cache.load(4) == {("a", 0): "cut", ("a", 1): "whole"}
+
+
 def test_a_torn_last_line_is_dropped_with_a_warning_and_closed_before_the_next(tmp_path, capsys):
     cache = Cache(tmp_path / "c.jsonl")
     cache.append("a", "t", 0, "one")
@@ -384,6 +399,27 @@ def test_several_teachers_are_pooled(tmp_path, monkeypatch):
     )
     samples = data.collect(TASKS["toy"], examples, ["toy", str(file)], make_options())
     assert all([s.teacher for s in own] == ["toy"] * 5 + ["me"] for own in samples.values())
+    # a file of two teachers in any order: the first K of each
+    rows = [(name, n) for name in ("a", "b") for n in (2, 1, 0)]
+    file.write_text(
+        "".join(
+            json.dumps({"id": e.id, "teacher": name, "sample": n, "output": f"The answer is {n}."})
+            + "\n"
+            for e in examples
+            for name, n in rows
+        )
+    )
+    samples = data.collect(TASKS["toy"], examples, [str(file)], make_options(k=2))
+    for of_question in samples.values():
+        found = [(s.teacher, s.answer) for s in of_question]
+        assert found == [("a", "0"), ("a", "1"), ("b", "0"), ("b", "1")]
+    file.write_text(
+        "".join(
+            json.dumps({"id": e.id, "teacher": "me", "sample": 0, "output": "The answer is 3."})
+            + "\n"
+            for e in examples
+        )
+    )
     # K are of each teacher: none is asked for samples that are not used
     samples = data.collect(TASKS["toy"], examples, ["toy", str(file)], make_options(k=2))
     assert all([s.teacher for s in own] == ["toy"] * 2 + ["me"] for own in samples.values())
