@@ -1461,6 +1461,27 @@ def told_story(rng: random.Random) -> str:
     return " ".join(told)
 
 
+def sentence_pieces(texts: Iterable[str], size: int, **how: Any) -> list[tuple[str, float]]:
+    """The pieces, with their scores, of a SentencePiece vocabulary of about this size, in which the
+    first three are T5's padding, end and unknown token."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=(text.replace("\n", " ") for text in texts),
+        model_writer=model,
+        vocab_size=size,
+        hard_vocab_limit=False,
+        character_coverage=1.0,
+        pad_id=0,
+        eos_id=1,
+        unk_id=2,
+        bos_id=-1,
+        minloglevel=2,
+        **how,
+    )
+    trained = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+    return [(trained.id_to_piece(i), trained.get_score(i)) for i in range(len(trained))]
+
+
 def tiny_tokenizer(rng: random.Random) -> transformers.T5Tokenizer:
     """A T5 tokenizer of the pieces that SentencePiece's BPE finds in the stories and the teacher's
     samples."""
@@ -1469,27 +1490,11 @@ def tiny_tokenizer(rng: random.Random) -> transformers.T5Tokenizer:
         story = random_story(rng, rng.randint(1, 3))
         prompts = f"predict: explain: So the answer is {story.input()}"
         texts += [told_story(rng), prompts, think(rng, story, 0.4)]
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=(text.replace("\n", " ") for text in texts),
-        model_writer=model,
-        vocab_size=300,
-        model_type="bpe",
-        hard_vocab_limit=False,
-        user_defined_symbols=list(".,:?"),  # pieces of their own: a number is one token anywhere
-        character_coverage=1.0,
-        pad_id=0,
-        eos_id=1,
-        unk_id=2,
-        bos_id=-1,
-        minloglevel=2,
-    )
-    pieces = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+    own = list(".,:?")  # pieces of their own, so that a number is one token anywhere
+    pieces = sentence_pieces(texts, 300, model_type="bpe", user_defined_symbols=own)
     # T5Tokenizer looks for the split of the highest total score: with -1 a piece that is the one of
     # fewest pieces
-    return transformers.T5Tokenizer(
-        vocab=[(pieces.id_to_piece(i), -1.0) for i in range(len(pieces))], extra_ids=20
-    )
+    return transformers.T5Tokenizer(vocab=[(piece, -1.0) for piece, _ in pieces], extra_ids=20)
 
 
 def corrupt_spans(

@@ -709,7 +709,7 @@ def set_scores(
 
 
 def set_weights(rationales: list[Rationale], quality: str) -> None:
-    """Weigh each rationale by its score (eqs. 6, 7)."""
+    """Weight each rationale by its score (eqs. 6, 7)."""
     share = torch.tensor([r.share for r in rationales])
     score = torch.tensor([r.score for r in rationales])
     is_pos = torch.tensor([r.is_pos for r in rationales]).bool()
@@ -845,7 +845,7 @@ def step_gradients(
             sums[name] += fraction * loss.detach()
     values = torch.stack([*sums.values()]).tolist()  # one read of all of them
     metrics = dict(zip(sums, values, strict=True))
-    active = {r.row for r in chosen if not r.is_pos}  # with a negative within the margin
+    active = {r.row for r in chosen if not r.is_pos}  # with a negative below the margin
     metrics["active"] = len(active) / len(questions)
 
     # 3. every few steps the discriminator learns from all rationales of some of these questions

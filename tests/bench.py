@@ -17,7 +17,6 @@ and the first one, which is not timed, has shown it all of them.
 """
 
 import argparse
-import io
 import logging
 import statistics
 import subprocess
@@ -33,7 +32,6 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import sentencepiece
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -52,6 +50,7 @@ from transformers.trainer_callback import PrinterCallback
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+import data
 import qcrd
 from qcrd import Question
 
@@ -90,21 +89,7 @@ def synchronized() -> float:
 
 def make_student(shape: dict[str, int], texts: list[str], folder: Path) -> None:
     """A T5 of random weights, with a tokenizer trained on the texts."""
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(texts),
-        model_writer=model,
-        vocab_size=4000,
-        hard_vocab_limit=False,
-        character_coverage=1.0,
-        pad_id=0,
-        eos_id=1,
-        unk_id=2,
-        bos_id=-1,
-        minloglevel=2,
-    )
-    trained = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
-    pieces = [(trained.id_to_piece(i), trained.get_score(i)) for i in range(len(trained))]
+    pieces = data.sentence_pieces(texts, 4000)
     # Made-up words fill the vocabulary, so that what random weights write is read again as just
     # as many tokens.
     pieces += [(f"▁madeup{i}", -20.0) for i in range(len(pieces), shape["vocab_size"] - 128)]
