@@ -94,11 +94,21 @@ def cache_folder(path: Path) -> Iterator[None]:
     try:
         path.mkdir(parents=True, exist_ok=True)
         yield
-    except (OSError, SafetensorError) as error:
+    except (OSError, NotImplementedError, SafetensorError) as error:
         raise UserError(
             f"The cache folder {path} cannot be written ({first_line(error)}):"
             " make room in it, or set QCRD_CACHE to another folder."
         )
+
+
+def locked(path: str | Path, waiting: str) -> filelock.AcquireReturnProxy:
+    """The lock of this file, to hold in a with block; where it must wait it says so."""
+    lock = filelock.FileLock(path)
+    try:
+        return lock.acquire(timeout=0)
+    except filelock.Timeout:
+        print(waiting, flush=True)
+        return lock.acquire()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -723,11 +733,9 @@ def question_text(example: Example) -> str:
 
 def ask(task: Task, example: Example) -> Chat:
     """The paper's prompt (its Fig. 3) as chat messages."""
-    question = question_text(example)
-    system = SYSTEM.format(answer_format=task.answer_format)
     return [
-        {"role": "system", "content": system},
-        {"role": "user", "content": f"Question: {question}"},
+        {"role": "system", "content": SYSTEM.format(answer_format=task.answer_format)},
+        {"role": "user", "content": f"Question: {question_text(example)}"},
     ]
 
 
@@ -735,7 +743,7 @@ def as_text(system: str, user: str) -> str:
     """A chat as text to continue, with worked examples where the paper's output format is asked
     for."""
     for answer_format, shots in SHOTS.items():
-        if "<Explanation>" in system and answer_format in system:
+        if answer_format in system:
             return f"{system}\n\n{shots}{user}\n<Explanation>:"
     return f"{system}\n\n{user}\nReply:"
 
@@ -765,18 +773,6 @@ def as_chat(tokenizer: Any, chat: Chat) -> str:
 Request = tuple[Example, int]  # a question, and the number of the sample
 # a request, its text, and why the text is empty or cut: "" if it is neither
 Answers = Iterator[tuple[Request, str, str]]
-
-
-# What a model that cannot be loaded or sampled raises.
-MODEL_FAULTS: tuple[type[Exception], ...] = (
-    ImportError,
-    OSError,
-    ValueError,
-    TypeError,
-    LookupError,
-    AttributeError,
-)
-MODEL_FAULTS += (RuntimeError, SafetensorError)
 
 
 def ask_model(
@@ -826,7 +822,7 @@ def ask_model(
             for request, text, ids in zip(batch, texts, output.tolist()):
                 ended = len(ids) < options.max_tokens or ids[-1] in tokenizer.all_special_ids
                 yield request, text, "" if ended else "length"
-    except MODEL_FAULTS as error:
+    except Exception as error:  # noqa: BLE001 - a model made elsewhere can fail in any way
         raise UserError(
             f"--teacher {name} cannot be used ({first_line(error)}); an API's model is api:{name}."
         )
@@ -918,8 +914,11 @@ def ask_api(
     if not re.fullmatch("[!-~]+", key):
         raise UserError("OPENAI_API_KEY has a space, a line break or a sign that no key has.")
     url, limits = f"{base.rstrip('/')}/chat/completions", ["max_tokens"]  # as the server calls it
-    headers = {"Content-Type": "application/json", "User-Agent": "qcrd"}
-    headers["Authorization"] = f"Bearer {key}"
+    headers = {
+        "Content-Type": "application/json",
+        "User-Agent": "qcrd",
+        "Authorization": f"Bearer {key}",
+    }
     here = re.match(r"https?://(localhost|127\.|0\.0\.0\.0|\[::1\])", url)  # through no proxy
     proxies = urllib.request.ProxyHandler({} if here else None)
     opener = urllib.request.build_opener(AsItComes, proxies)
@@ -991,6 +990,7 @@ def ask_api(
         over.set()
 
 
+@dataclass
 class Cache:
     """Raw teacher outputs in a JSON Lines file, `{"asked", "id", "teacher", "sample", "output"}`,
     safe against kill -9.
@@ -1000,30 +1000,19 @@ class Cache:
     that a killed writer left unfinished is closed before the next is appended; loading drops it.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.lock = filelock.FileLock(f"{path}.lock")
+    path: Path
 
     @contextmanager
     def held(self) -> Iterator[None]:
         """By one process at a time; says what it waits for. UserError if the file cannot be
         written."""
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
+        lock = f"{self.path}.lock"
+        waiting = f"Waiting for another process that samples into {self.path}."
+        with cache_folder(self.path.parent), locked(lock, waiting), self.path.open("ab") as file:
             try:
-                self.lock.acquire(timeout=0).lock.release()
-            except filelock.Timeout:
-                print(f"Waiting for another process that samples into {self.path}.", flush=True)
-            with self.lock, self.path.open("ab") as file:
-                try:
-                    yield
-                finally:
-                    os.fsync(file.fileno())
-        except (OSError, NotImplementedError) as error:
-            raise UserError(
-                f"{self.path} cannot be written ({first_line(error)}): make room, or name a folder"
-                " in QCRD_CACHE."
-            )
+                yield
+            finally:
+                os.fsync(file.fileno())
 
     def load(self, max_tokens: int = 0) -> dict[tuple[str, int], str]:
         """Output by (asked, sample), unless it was cut at fewer than `max_tokens`; the first of
@@ -1039,11 +1028,9 @@ class Cache:
 
     def append(self, asked: str, teacher: str, sample: int, output: str, **more: Any) -> None:
         row = {"asked": asked, "teacher": teacher, "sample": sample, "output": output} | more
-        line = json.dumps(row).encode() + b"\n"
-        with self.lock, self.path.open("a+b") as file:
-            if file.tell() and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n":
-                line = b"\n" + line
-            file.write(line)
+        # the line break comes first, so that it closes a line that a killed writer left unfinished
+        with self.path.open("ab") as file:
+            file.write(b"\n" + json.dumps(row).encode())
 
 
 def sampled(
@@ -1290,10 +1277,13 @@ class Story:
     start: int
     events: tuple[Event, ...]
 
+    def told(self) -> list[tuple[Event, int]]:
+        """Each event with what it adds to the count or takes from it; 0 if it does not matter."""
+        return [(event, event.change(self.person, self.thing)) for event in self.events]
+
     def changes(self) -> list[int]:
         """What the events that matter add to the count, or take from it."""
-        changes = [event.change(self.person, self.thing) for event in self.events]
-        return [change for change in changes if change]
+        return [change for _, change in self.told() if change]
 
     def input(self) -> str:
         """The story as the student reads it."""
@@ -1302,7 +1292,8 @@ class Story:
 
 
 def follow(start: int, changes: list[int]) -> list[Step]:
-    """The steps that the changes make of `start`; none where a count leaves the range."""
+    """The steps that the changes make of `start`; none where a count leaves the range, or where
+    nothing changes."""
     counts = list(accumulate(changes, initial=start))
     if min(counts) < 0 or max(counts) > LARGEST:
         return []
@@ -1329,7 +1320,7 @@ def random_story(rng: random.Random, count: int) -> Story:
                 Event(who, verb, n, things[0 if matters else 1], other if verb in LINKS else "")
             )
         story = Story(people[0], things[0], rng.randint(2, 12), tuple(events))
-        if story.changes() and follow(story.start, story.changes()):
+        if follow(story.start, story.changes()):
             return story
 
 
@@ -1411,9 +1402,8 @@ def think(rng: random.Random, story: Story, error_rate: float) -> str:
     With probability `error_rate` the reasoning goes wrong as a person's would, and so does the
     answer.
     """
-    told = [(event, event.change(story.person, story.thing)) for event in story.events]
-    right = [(event, change) for event, change in told if change]
-    others = [event for event, change in told if not change]
+    right = [(event, change) for event, change in story.told() if change]
+    others = [event for event, change in story.told() if not change]
     wrong = rng.random() < error_rate
     used: list[tuple[Event, int]] = []
     steps: list[Step] = []
@@ -1451,8 +1441,7 @@ def told_story(rng: random.Random) -> str:
     nothing is asked."""
     story, plain = random_story(rng, rng.randint(1, 3)), rng.random() < 0.5
     count, told = story.start, [f"{story.person} had {story.start} {story.thing}."]
-    for event in story.events:
-        change = event.change(story.person, story.thing)
+    for event, change in story.told():
         count += change
         if change:
             told.append(f"{event}. Now {story.person} has {count} {story.thing}.")
@@ -1490,29 +1479,27 @@ def tiny_tokenizer(rng: random.Random) -> transformers.T5Tokenizer:
         story = random_story(rng, rng.randint(1, 3))
         prompts = f"predict: explain: So the answer is {story.input()}"
         texts += [told_story(rng), prompts, think(rng, story, 0.4)]
-    own = list(".,:?")  # pieces of their own, so that a number is one token anywhere
-    pieces = sentence_pieces(texts, 300, model_type="bpe", user_defined_symbols=own)
+    # signs are pieces of their own, so that a number is one token anywhere
+    pieces = sentence_pieces(texts, 300, model_type="bpe", user_defined_symbols=list(".,:?"))
     # T5Tokenizer looks for the split of the highest total score: with -1 a piece that is the one of
     # fewest pieces
     return transformers.T5Tokenizer(vocab=[(piece, -1.0) for piece, _ in pieces], extra_ids=20)
 
 
-def corrupt_spans(
-    rng: random.Random, ids: list[int], sentinels: list[int]
-) -> tuple[list[int], list[int]]:
+def corrupt_spans(rng: random.Random, ids: list[int], sentinels: list[int]) -> dict[str, list[int]]:
     """T5's span corruption (arXiv 1910.10683, 3.1.4) in spans of three tokens on average. It masks
     a third of the tokens, where T5 masks 15%: few words of stories so plain can be guessed."""
     source, target, i, used = [], [], 0, 0
     while i < len(ids):
         if rng.random() < 1 / 7 and used < len(sentinels):
-            span = min(rng.randint(1, 5), len(ids) - i)
+            span = rng.randint(1, 5)
             source.append(sentinels[used])
             target += [sentinels[used], *ids[i : i + span]]
             used, i = used + 1, i + span
         else:
             source.append(ids[i])
             i += 1
-    return source, target
+    return {"input_ids": [*source, 1], "labels": [*target, 1]}
 
 
 def tiny_student() -> Path:
@@ -1547,18 +1534,13 @@ def pretrain_tiny(
     torch.set_num_threads(1)
     sentinels: Any = tokenizer.convert_tokens_to_ids([f"<extra_id_{i}>" for i in range(20)])
     optimizer = torch.optim.AdamW(model.parameters(), PRETRAIN_LR)
-
-    def padded(rows: list[list[int]], value: int) -> torch.Tensor:
-        return torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], True, value)
-
+    padded = transformers.DataCollatorForSeq2Seq(tokenizer)
     for step in tqdm(range(PRETRAIN_STEPS), "pretraining the student tiny, once", unit="step"):
         rise, fall = min(1, (step + 1) / 100), 1 - step / PRETRAIN_STEPS
         optimizer.param_groups[0]["lr"] = PRETRAIN_LR * rise * fall
         texts = tokenizer([told_story(rng) for _ in range(PRETRAIN_BATCH)]).input_ids
-        pairs = [corrupt_spans(rng, ids[:-1], sentinels) for ids in texts]
-        source = padded([s + [1] for s, _ in pairs], 0)
-        target = padded([t + [1] for _, t in pairs], -100)
-        loss = model(input_ids=source, attention_mask=(source != 0).long(), labels=target).loss
+        batch = padded([corrupt_spans(rng, ids[:-1], sentinels) for ids in texts])
+        loss = model(**batch).loss
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -49,7 +49,6 @@ from qcrd import (
     option,
     prepare,
     rationales_of,
-    read_negatives,
     read_object,
     set_scores,
     show_predictions,
@@ -102,8 +101,7 @@ def reworded(old: str, new: str) -> Iterator[None]:
 def options_of(run: Path) -> qcrd.Options:
     """The options of a finished run. UserError unless it is one of this version, and its inputs
     are those that it was trained on."""
-    config: Any = read_object(run / "config.json")
-    result: Any = read_object(run / "result.json")
+    config, result = read_object(run / "config.json"), read_object(run / "result.json")
     try:
         own, inputs, _ = qcrd.Options(**config["options"]), config["inputs"], result["accuracy"]
     except (KeyError, TypeError):
@@ -145,15 +143,14 @@ def load_run(
     """The path, the student, the discriminator if there is one, and the options of a run
     directory, or of a Hugging Face folder."""
     path = Path(folder).expanduser()
-    if "model_type" in (read_object(path / "config.json") or {}):
+    if "model_type" in read_object(path / "config.json"):
         own, student_path = qcrd.Options(task=options.task, data=options.data, disc="none"), path
     else:
         own, student_path = options_of(path), path / "student"
     with reworded("--student", "--runs"):
         student = qcrd.load_student(str(student_path), own)
-    disc = None
-    if own.disc != "none":
-        disc = qcrd.make_discriminator(student, own)
+    disc = qcrd.make_discriminator(student, own)
+    if disc:
         weights = path / "discriminator.safetensors"
         try:
             load_model(disc, weights)
@@ -208,7 +205,8 @@ def show(folder: str, options: Options) -> None:
     """
     path, student, disc, own = load_run(folder, options)
     task, splits, samples, questions = prepare_again(path, own)
-    self_negatives = read_negatives(questions, own.rounds - 1, path, own)
+    written = rows_of(path / "negatives.jsonl", "id", "output")
+    self_negatives = {row["id"]: row["output"] for row in written}
     wanted = [q for q in questions if q.example.id == options.show]
     if not wanted and not re.fullmatch("[1-9][0-9]*", options.show):
         raise UserError(
@@ -453,7 +451,7 @@ def plan(options: Options, name: str) -> dict[str, list[Run]]:
 
 def result_of(run: Run) -> dict[str, float]:
     """The metrics of a run; none where it has not finished."""
-    return read_object(run.out / "result.json") or {}
+    return read_object(run.out / "result.json")
 
 
 def start(run: Run) -> subprocess.Popen:
@@ -479,8 +477,8 @@ def run_missing(runs: list[Run], options: Options) -> None:
         else:
             waiting.append(run)
     print(
-        f"{len(runs)} runs, {len(waiting)} of them to be made, {options.jobs} at a time. How long that"
-        " takes stands right of the bar once one has ended."
+        f"{len(runs)} runs, {len(waiting)} of them to be made, {options.jobs} at a time. How long"
+        " that takes stands right of the bar once one has ended."
     )
     if options.student != "tiny":  # which is trained on one thread
         threads = max(1, (os.cpu_count() or 1) // options.jobs)
@@ -542,10 +540,10 @@ def write_table(options: Options, name: str, runs: dict[str, list[Run]]) -> None
     """Print the table of a study whose runs are there, and write it as Markdown and CSV."""
     found = metrics_of(name, runs)
     table = [[name, *COLUMNS, "seeds", "options of the first"]]
-    for label in runs:
+    seeds = str([*range(options.seeds)])
+    for label, of_row in runs.items():
         cells = [spelled(*found[label, column]) for column in COLUMNS]
-        seeds, words = [*range(options.seeds)], " ".join(runs[label][0].words)
-        table.append([label, *cells, str(seeds), words])
+        table.append([label, *cells, seeds, " ".join(of_row[0].words)])
     path = study_path(options, name)
     with Path(f"{path}.csv").open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows(table)
@@ -580,11 +578,11 @@ def plot_study(options: Options, name: str, runs: dict[str, list[Run]]) -> None:
             title += f"; by {key}" if key else ""
             title += f"\nbeyond {FAR} points, not shown: {', '.join(far)}" if far else ""
             path = Path(f"{study_path(options, name, metric)}.svg")
-            draw(path, title, {line: zip(*lines[line]) for line in lines}, "o-" if key else "o")
+            draw(path, title, lines, "o-" if key else "o")
 
 
-def draw(path: Path, title: str, lines: dict[str, Any], style: str = ".-") -> None:
-    """A line for each name, of x, y and error."""
+def draw(path: Path, title: str, lines: dict[str, list], style: str = ".-") -> None:
+    """A line for each name, through its points: x, y and, where it has one, error."""
     import matplotlib.figure  # the only thing that needs it
     import matplotlib.style
 
@@ -592,8 +590,8 @@ def draw(path: Path, title: str, lines: dict[str, Any], style: str = ".-") -> No
     with matplotlib.style.context(["tableau-colorblind10", {"svg.fonttype": "none"}]):
         figure = matplotlib.figure.Figure(layout="constrained")
         axes = figure.add_subplot(title=title)
-        for label, line in lines.items():
-            axes.errorbar(*line, label=label, fmt=style)  # type: ignore[misc]
+        for label, points in lines.items():
+            axes.errorbar(*zip(*points), label=label, fmt=style)  # type: ignore[misc, arg-type]
         axes.grid(axis="y")
         axes.tick_params("x", rotation=30)
         if len(lines) > 1:
@@ -607,10 +605,10 @@ def plot_run(folder: str, options: Options) -> None:
     as in the paper's Fig. 6."""
     path, student, disc, own = load_run(folder, options)
     rows = rows_of(path / "metrics.jsonl", "round")
-    lines: dict[str, Any] = {}
+    lines: dict[str, list] = {}
     for name in dict.fromkeys(chain(*rows)):
         if name.startswith("L_"):  # a round in which D did not learn has no L_D
-            lines[name] = zip(*[(row["round"], row[name]) for row in rows if name in row])
+            lines[name] = [(row["round"], row[name]) for row in rows if name in row]
     draw(path / "losses.png", f"{folder}: losses, nats per token (L_D: nats), by round", lines)
     if not disc:
         return
@@ -631,7 +629,7 @@ def plot_run(folder: str, options: Options) -> None:
         with without_dropout(student.model, disc):
             student.fit(set_scores, student, disc, held_out, group)
         density, edges = np.histogram([r.score for r in group], 25, (0, 1), density=True)
-        lines[name] = ((edges[:-1] + edges[1:]) / 2, density)
+        lines[name] = list(zip((edges[:-1] + edges[1:]) / 2, density))
     draw(path / "scores.png", f"{folder}: density of s on held-out questions", lines)
 
 

@@ -1,9 +1,8 @@
 """QCRD: Quality-guided Contrastive Rationale Distillation (arXiv 2405.13014) in plain PyTorch.
 
-    python qcrd.py                                         # built-in task and student, no download
-    python qcrd.py --task anli --student t5-small          # a real task, with DSS's teacher samples
-    python qcrd.py --task svamp --teacher samples.jsonl    # teacher samples of your own
-    python qcrd.py --task my.jsonl --teacher api:MODEL     # a task and a teacher of your own
+    python qcrd.py                                       # built-in task and student, no download
+    python qcrd.py --task anli --student t5-small        # a real task, with DSS's teacher samples
+    python qcrd.py --task my.jsonl --student t5-small --teacher api:MODEL    # your own of both
 
 A small seq2seq model, the student, learns to answer questions from a large model, the teacher:
 1. The teacher answers each question K times, each time with a rationale: why it is the answer.
@@ -57,6 +56,7 @@ from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache, partial
+from itertools import count, groupby, islice
 from pathlib import Path
 from statistics import fmean
 from typing import IO, Any, Literal
@@ -66,6 +66,10 @@ import numpy as np
 import torch
 from safetensors.torch import save_model
 from torch import Tensor
+from torch.nn.functional import cross_entropy
+from torch.nn.utils import clip_grad_norm_
+from torch.nn.utils.rnn import pad_sequence
+from torch.optim import AdamW
 from tqdm import tqdm
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, GenerationConfig, HfArgumentParser
 from transformers.modeling_outputs import BaseModelOutput
@@ -309,19 +313,20 @@ def shares(l: list[float], pick: str, quality: list[float] | None = None) -> lis
     are their n losses in nats per token, quality their n qualities, which "weighted" shares by. The
     n shares add up to 1.
     """
-    if pick == "mean":
-        return [1 / len(l)] * len(l)
-    if pick == "weighted":
-        quality = quality or [1.0] * len(l)
-        return [q / max(sum(quality), 1e-9) for q in quality]
-    if pick == "min":
-        chosen = l.index(min(l))
-    elif pick == "max":
-        chosen = l.index(max(l))
-    elif pick == "sample":
-        chosen = int(torch.randint(len(l), ()))
-    else:
-        raise ValueError(f"pick {pick!r} is not one of min, max, sample, mean, weighted")
+    match pick:
+        case "mean":
+            return [1 / len(l)] * len(l)
+        case "weighted":
+            quality = quality or [1.0] * len(l)
+            return [q / max(sum(quality), 1e-9) for q in quality]
+        case "min":
+            chosen = l.index(min(l))
+        case "max":
+            chosen = l.index(max(l))
+        case "sample":
+            chosen = int(torch.randint(len(l), ()))
+        case _:
+            raise ValueError(f"pick {pick!r} is not one of min, max, sample, mean, weighted")
     return [float(i == chosen) for i in range(len(l))]
 
 
@@ -445,10 +450,10 @@ class Student:
         # each text is tokenized once: small students would spend a sixth of a step on it
         self.ids = lru_cache(200_000)(self.tokenize)
 
-    def tokenize(self, text: str, limit: int, pair: str | None = None) -> Tensor:
+    def tokenize(self, text: str, limit: int, *pair: str) -> Tensor:
         """Token ids of a text, or of two in one sequence, cut at `limit` tokens."""
         # more characters than this cannot matter, and would cost time
-        texts = [part[: 20 * limit] for part in (text, pair) if part is not None]
+        texts = [part[: 20 * limit] for part in (text, *pair)]
         return torch.tensor(self.tokenizer(*texts, truncation=True, max_length=limit).input_ids)
 
     def can_write(self, text: str) -> bool:
@@ -461,9 +466,9 @@ class Student:
         """Values on the student's device, without waiting for what a GPU does."""
         return torch.as_tensor(values).to(self.device, non_blocking=True)
 
-    def padded(self, ids: Sequence[Tensor]) -> Tensor:
+    def padded(self, ids: list[Tensor]) -> Tensor:
         """Rows of token ids, (N, L), on the device; -100 after the end of a row."""
-        return self.tensor(torch.nn.utils.rnn.pad_sequence(list(ids), True, -100))
+        return self.tensor(pad_sequence(ids, True, -100))
 
     def inputs(self, labels: Tensor) -> dict[str, Tensor]:
         """input_ids and attention_mask, (N, S), of such rows."""
@@ -495,10 +500,10 @@ class Student:
         with self.autocast():  # around all groups: inside it the weights turn to bf16 once
             for which, labels in self.groups(ids, self.group_tokens):
                 logits = self.logits(encoded, rows[which], labels)  # (group, L, V)
-                of_token = torch.nn.functional.cross_entropy(
+                of_token = cross_entropy(
                     logits.flatten(0, 1), labels.flatten(), reduction="none"
                 ).view(labels.shape)
-                l = l.index_put((which,), of_token.sum(1) / (labels != -100).sum(1))
+                l[which] = of_token.sum(1) / (labels != -100).sum(1)
         return l
 
     def groups(self, ids: list[Tensor], tokens: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -585,8 +590,11 @@ class Student:
         return self.fit(write_all)
 
 
-def make_discriminator(student: Student, options: Options) -> Discriminator:
-    """D, started from the student's pretrained encoder: a copy of it, or the student's own."""
+def make_discriminator(student: Student, options: Options) -> Discriminator | None:
+    """D, started from the student's pretrained encoder: a copy of it, or the student's own. None
+    for --disc none."""
+    if options.disc == "none":
+        return None
     encoder = student.model.get_encoder()
     if options.disc == "own":
         encoder = deepcopy(encoder)
@@ -599,18 +607,18 @@ def make_optimizers(
     student: Student, disc: Discriminator | None, options: Options
 ) -> dict[str, torch.optim.Optimizer]:
     """AdamW of the student, and of what the discriminator does not share with it."""
-    adamw: Callable[..., torch.optim.Optimizer] = partial(torch.optim.AdamW, fused=True)
-    optimizers = {"student": adamw(student.model.parameters(), options.lr)}
+    optimizers: dict[str, torch.optim.Optimizer] = {}
+    optimizers["student"] = AdamW(student.model.parameters(), options.lr, fused=True)
     if disc:
         trained = disc if options.disc == "own" else disc.mlp
-        optimizers["disc"] = adamw(trained.parameters(), options.disc_lr)
+        optimizers["disc"] = AdamW(trained.parameters(), options.disc_lr, fused=True)
     return optimizers
 
 
 @contextmanager
 def without_dropout(*models: Any) -> Iterator[None]:
     """No dropout and no gradients inside; None is no model."""
-    present = torch.nn.ModuleList(model for model in models if model is not None)
+    present = torch.nn.ModuleList(models)
     present.eval()
     try:
         with torch.no_grad():
@@ -659,7 +667,7 @@ def score(
     with student.autocast():
         # four times a decoder's tokens: an encoder has no logits
         for which, labels in student.groups(ids, 4 * student.group_tokens):
-            scores = scores.index_put((which,), disc(**student.inputs(labels)))
+            scores[which] = disc(**student.inputs(labels))
     return scores
 
 
@@ -676,18 +684,16 @@ def choose(
     chosen ones again in `student_losses`.
     """
     rationales = rationales_of(questions, self_negatives)
-    sides: dict[tuple[int, bool], list[Rationale]] = defaultdict(list)
-    for r in rationales:
-        sides[r.row, r.is_pos].append(r)
     with without_dropout(student.model, disc):
         # an only positive is chosen at any l
-        compared = [r for r in rationales if not r.is_pos or len(sides[r.row, True]) > 1]
+        compared = [r for r in rationales if not r.is_pos or len(questions[r.row].positives) > 1]
         for r, l in zip(compared, explain_losses(student, questions, compared), strict=True):
             r.l = l
         if disc and options.scheme == "wmean":  # there quality decides the shares
             set_scores(student, disc, questions, rationales)
         pick_pos, pick_neg = SCHEMES[options.scheme]
-        for (_, is_pos), side in sides.items():  # eqs. 4, 5
+        for (_, is_pos), group in groupby(rationales, lambda r: (r.row, r.is_pos)):  # eqs. 4, 5
+            side = list(group)
             quality = [r.score if is_pos else 1 - r.score for r in side] if disc else None
             picked = shares([r.l for r in side], pick_pos if is_pos else pick_neg, quality)
             for r, share in zip(side, picked, strict=True):
@@ -734,7 +740,7 @@ def student_losses(
     with student.autocast():
         encoded = student.encode(inputs)
         l = student.nll(encoded, row, [q.label for q in questions] + [r.text for r in chosen])
-        weight = student.tensor([float(r.weight) for r in chosen])
+        weight = student.tensor([r.weight for r in chosen])
         is_pos = student.tensor([r.is_pos for r in chosen]).bool()
         L_cl, L_pos, L_neg = contrastive_loss(l[n:], weight, is_pos, n, options.beta, options.delta)
         losses = {"L_pred": l[:n].mean(), "L_cl": L_cl, "L_pos": L_pos, "L_neg": L_neg}
@@ -800,8 +806,9 @@ def train_step(
     options: Options,
 ) -> dict[str, float]:
     """One training step on a batch. Returns its metrics; UserError if a loss is not finite."""
-    arguments = questions, self_negatives, round_, step, options
-    metrics = student.fit(step_gradients, student, disc, *arguments)
+    metrics = student.fit(
+        step_gradients, student, disc, questions, self_negatives, round_, step, options
+    )
     if not all(map(math.isfinite, metrics.values())):
         ids = ", ".join(q.example.id for q in questions[:5])
         raise UserError(f"the loss is not finite at step {step} ({ids}): use a lower --lr.")
@@ -838,7 +845,7 @@ def step_gradients(
         losses = student_losses(student, some, those, options)
         total = options.alpha1 * losses["L_pred"] + options.alpha2 * losses["L_cl"]
         if "L_mi" in losses:
-            total = total + options.mi_weight * losses["L_mi"]
+            total += options.mi_weight * losses["L_mi"]
         fraction = len(some) / len(questions)
         (fraction * total).backward()
         for name, loss in losses.items():
@@ -858,7 +865,7 @@ def step_gradients(
 
 def clip_and_step(optimizer: torch.optim.Optimizer) -> None:
     """One step of AdamW on the gradients that have gathered, clipped at norm 1."""
-    torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0)
+    clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0)
     optimizer.step()
 
 
@@ -880,11 +887,11 @@ def step_seed(seed: int, step: int, what: str) -> int:
 # Self-adversarial negatives, D's pretraining, D's AUC
 
 
-def source_round(round_: int, options: Options) -> int | None:
+def source_round(round_: int, options: Options) -> int:
     """The round whose student wrote the negatives that `round_` trains on: j before, or the
-    oldest there is. A fixed student writes once, in round 0. None where no student writes any."""
+    oldest there is. A fixed student writes once, in round 0. -1 where no student writes any."""
     sources = {"student": max(round_ - options.lag, 0), "fixed": 0}
-    return sources.get(options.negatives)
+    return sources.get(options.negatives, -1)
 
 
 def readers_of(questions: list[Question], round_: int, options: Options) -> dict[str, Question]:
@@ -899,16 +906,13 @@ def readers_of(questions: list[Question], round_: int, options: Options) -> dict
 
 
 def write_negatives(
-    student: Student, questions: list[Question], round_: int, run: Path, options: Options
-) -> None:
+    student: Student, questions: list[Question], round_: int, options: Options
+) -> SelfNegatives:
     """At the start of a round the student writes one rationale at --student-temperature for each
-    question of the rounds j later. They wait in a file of the run directory, so that no old student
-    need be kept.
-    """
+    question of the rounds j later. They wait for it, so that no old student need be kept."""
     asked = readers_of(questions, round_, options)
-    path = negatives_file(run, round_)
-    if path.exists() or not asked:
-        return
+    if not asked:
+        return {}
     # at such a temperature few texts end by themselves, and a longer tail teaches nothing
     limit = target_length(student, [t for q in questions[:1000] for t in q.positives], 0.9)
     if options.negatives == "fixed":
@@ -917,29 +921,7 @@ def write_negatives(
     inputs = [f"explain: {q.example.input}" for q in asked.values()]
     desc = f"negatives of round {round_}"
     texts = student.write(inputs, desc, limit, options.student_temperature)
-    write_jsonl(path, [{"id": id, "output": t} for id, t in zip(asked, texts, strict=True)])
-
-
-def read_negatives(
-    questions: list[Question], round_: int, run: Path, options: Options
-) -> SelfNegatives:
-    """The self-adversarial negatives that a round trains on."""
-    source = source_round(round_, options)
-    if source is None:
-        return {}
-    path = negatives_file(run, source)
-    written: SelfNegatives = {}
-    for _, row in data.read_jsonl(path) if path.exists() else ():
-        match row:
-            case {"id": str(id), "output": str(text)}:
-                written[id] = text
-    if written.keys() != readers_of(questions, source, options).keys():
-        raise UserError(f"{path} has not what the student wrote: start afresh with --overwrite.")
-    return {id: text for id, text in written.items() if text}
-
-
-def negatives_file(run: Path, round_: int) -> Path:
-    return run / "negatives" / f"round-{round_:03d}.jsonl"
+    return {id: text for id, text in zip(asked, texts, strict=True) if text}
 
 
 def target_length(student: Student, texts: Iterable[str], quantile: float) -> int:
@@ -975,8 +957,7 @@ def pretrain_disc(
         disc.zero_grad()
         disc_gradients(student, disc, batch, {}, 1.0, options)
 
-    steps = options.disc_steps if known else 0
-    for step in tqdm(range(steps), desc="discriminator", unit="step", leave=False):
+    for step in tqdm(range(options.disc_steps), desc="discriminator", unit="step", leave=False):
         batch = []
         for q in disc_questions(known, options, step):
             missing = range(len(q.positives) - len(q.negatives))
@@ -986,12 +967,11 @@ def pretrain_disc(
         clip_and_step(optimizer)
 
 
-def disc_auc(student: Student, disc: Discriminator, questions: list[Question]) -> float:
-    """How often D scores a good rationale above a bad one of the same held-out question; ties
-    count half.
+def disc_auc(student: Student, disc: Discriminator, questions: list[Question]) -> dict[str, float]:
+    """AUC: how often D scores a good rationale above a bad one of the same held-out question; ties
+    count half. Empty without such a pair, as where the teacher gave one sample a question.
 
-    Good is what the exact check says where there is one (toy), else what the vote said. 0.5,
-    chance, without a pair.
+    Good is what the exact check says where there is one (toy), else what the vote said.
     """
     held_out = [q for q in questions if q.held_out][:200]
     rationales = rationales_of(held_out, {})
@@ -1005,7 +985,7 @@ def disc_auc(student: Student, disc: Discriminator, questions: list[Question]) -
     for row in range(len(held_out)):
         for a in sides[row, True]:
             wins += [(a > b) + (a == b) / 2 for b in sides[row, False]]
-    return fmean(wins) if wins else 0.5
+    return {"AUC": fmean(wins)} if wins else {}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1045,25 +1025,28 @@ def steps_in_round(questions: list[Question], options: Options) -> int:
     return options.round_steps or min(ROUND_STEPS, a_pass)
 
 
-def round_batches(questions: list[Question], options: Options, round_: int) -> list[list[Question]]:
-    """The batches of a round: its steps of an endless row of passes over the training set.
+def endless_batches(questions: list[Question], options: Options) -> Iterator[list[Question]]:
+    """The batches of one pass over the training set after the other.
 
     A pass is shuffled by seed and number; the questions of a batch are alike in length, so that
     little is padding.
     """
-    size, steps = options.batch_size, steps_in_round(questions, options)
-    number, start = divmod(round_ * steps, math.ceil(len(questions) / size))
-    batches: list[list[Question]] = []
-    while len(batches) < start + steps:
+    size = options.batch_size
+    for number in count():
         rng = random.Random(step_seed(options.seed, number, "order"))
         shuffled = rng.sample(questions, len(questions))
         order: list[Question] = []
         for i in range(0, len(shuffled), 20 * size):
             order += sorted(shuffled[i : i + 20 * size], key=lambda q: len(q.example.input))
         of_pass = [order[i : i + size] for i in range(0, len(order), size)]
-        batches += rng.sample(of_pass, len(of_pass))
-        number += 1
-    return batches[start:][:steps]
+        yield from rng.sample(of_pass, len(of_pass))
+
+
+def round_batches(questions: list[Question], options: Options, round_: int) -> list[list[Question]]:
+    """The batches of a round: its steps of the endless row of passes."""
+    steps = steps_in_round(questions, options)
+    batches = endless_batches(questions, options)
+    return list(islice(batches, round_ * steps, (round_ + 1) * steps))
 
 
 def train(
@@ -1075,43 +1058,48 @@ def train(
 ) -> list[dict[str, Any]]:
     """All rounds, from the last checkpoint where there is one; the metrics of each round."""
     optimizers = make_optimizers(student, disc, options)
-    rounds = load_checkpoint(run, student, disc, optimizers)  # the metrics of finished rounds
-    if rounds is None:
-        rounds = []
+    # of the finished rounds the metrics, and what the student wrote in each
+    rounds, written = load_checkpoint(run, student, disc, optimizers)
+    if not (run / "checkpoint.pt").exists():
         if disc:
             pretrain_disc(student, disc, questions, optimizers["disc"], options)
-            auc = disc_auc(student, disc, questions)
-            print(f"discriminator pretrained: AUC {auc:.3f} on held-out questions")
-        save_checkpoint(run, student, disc, optimizers, rounds)
+            for auc in disc_auc(student, disc, questions).values():
+                print(f"discriminator pretrained: AUC {auc:.3f} on held-out questions")
+        save_checkpoint(run, student, disc, optimizers, rounds, written)
     steps, first = steps_in_round(questions, options), len(rounds)
     total = options.rounds * steps
+    print(table_row({name: name for name in COLUMNS}))
     bar = tqdm(total=total, initial=first * steps, desc="training", unit="step")
     for round_ in range(first, options.rounds):
         began = time.monotonic()
-        write_negatives(student, questions, round_, run, options)
-        self_negatives = read_negatives(questions, round_, run, options)
+        written[round_] = write_negatives(student, questions, round_, options)
+        self_negatives = written.get(source_round(round_, options), {})
         batches = round_batches(questions, options, round_)
         metrics: dict[str, list[float]] = defaultdict(list)
         for step, batch in enumerate(batches, round_ * steps):
             rise, fall = min(1, (step + 1) / WARMUP), 1 - step / total
             optimizers["student"].param_groups[0]["lr"] = options.lr * rise * fall
-            arguments = optimizers, batch, self_negatives, round_, step, options
-            for name, value in train_step(student, disc, *arguments).items():
+            of_step = train_step(
+                student, disc, optimizers, batch, self_negatives, round_, step, options
+            )
+            for name, value in of_step.items():
                 metrics[name].append(value)
             bar.update()
         row = {"round": round_} | {name: fmean(values) for name, values in metrics.items()}
         if disc:
-            row["AUC"] = disc_auc(student, disc, questions)
-            if row["AUC"] < 0.55 or row.get("s_pos", 1) < 0.05:
+            row |= disc_auc(student, disc, questions)
+            if row.get("AUC", 1) < 0.55 or row.get("s_pos", 1) < 0.05:
                 tqdm.write("warning: D is near chance, or its scores vanish: lower --disc-lr.")
         seconds = time.monotonic() - began
         rounds.append(row | {"q/s": sum(map(len, batches)) / seconds})
-        tqdm.write(table_row(rounds[-1], header=round_ == first))
+        tqdm.write(table_row(rounds[-1]))
         if round_ == first:
             left = seconds * (options.rounds - 1 - first) / 60
             tqdm.write(f"The other rounds take about {left:.0f} minutes.")
         write_jsonl(run / "metrics.jsonl", rounds)
-        save_checkpoint(run, student, disc, optimizers, rounds)
+        shown = [{"id": id, "output": text} for id, text in self_negatives.items()]
+        write_jsonl(run / "negatives.jsonl", shown)  # for people, and eval.py
+        save_checkpoint(run, student, disc, optimizers, rounds, written)
     bar.close()
     return rounds
 
@@ -1120,16 +1108,15 @@ COLUMNS = ["round", "L_pred", "L_pos", "L_neg", "L_D", "s_pos", "s_neg", "s_self
 COLUMNS += ["q/s"]
 
 
-def table_row(row: dict[str, Any], header: bool) -> str:
-    """A round's metrics as a line of a table, under their names where the header is asked for."""
+def table_row(row: dict[str, Any]) -> str:
+    """A round's metrics, or their names, as a line of a table."""
     cells = []
     for name in COLUMNS:
         value = row.get(name, "-")
         if isinstance(value, float):
             value = f"{value:.3f}" if value < 20 else f"{value:.0f}"
         cells.append(f"{value:>7}")
-    names = [f"{name:>7}" for name in COLUMNS]
-    return "".join([*names, "\n", *cells] if header else cells)
+    return "".join(cells)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1215,8 +1202,10 @@ def describe_device(student: Student) -> str:
     if student.device.type == "cuda":
         gpu = torch.cuda.get_device_properties(student.device)
         device = f"{gpu.name} with {gpu.total_memory / 1e9:.1f} GB"
-    auto = "--precision auto is bf16 where the GPU has it in hardware"
-    return f"Device: {device}. Precision: {precision}; {auto}."
+    return (
+        f"Device: {device}. Precision: {precision};"
+        " --precision auto is bf16 where the GPU has it in hardware."
+    )
 
 
 def check_texts(student: Student, questions: list[Question], options: Options) -> None:
@@ -1225,9 +1214,10 @@ def check_texts(student: Student, questions: list[Question], options: Options) -
     questions = questions[:1000]
     inputs = [q.example.input for q in questions]
     targets = [text for q in questions for text in (q.label, *q.positives)]
-    sides = [("--max-input", student.max_input, inputs)]
-    sides += [("--max-target", student.max_target, targets)]
-    for name, limit, texts in sides:
+    for name, limit, texts in (
+        ("--max-input", student.max_input, inputs),
+        ("--max-target", student.max_target, targets),
+    ):
         ids = [student.ids(text, limit + 1) for text in texts]
         cut = sum(len(row) > limit for row in ids)
         if cut:
@@ -1236,15 +1226,19 @@ def check_texts(student: Student, questions: list[Question], options: Options) -
         unknown = tokens.count(student.tokenizer.unk_token_id) / len(tokens)
         if unknown > 0.03:
             read = student.tokenizer.decode(ids[0])[:80]
-            said = f"--student {options.student} does not know {unknown:.0%} of this task's tokens"
-            said += f" and reads {read!r}: name another, such as --student t5-small."
+            said = (
+                f"--student {options.student} does not know {unknown:.0%} of this task's tokens"
+                f" and reads {read!r}: name another, such as --student t5-small."
+            )
             if options.student == "tiny":
                 raise UserError(said)
             print(f"warning: {said}")
     lost = [q.label for q in questions if not student.can_write(q.label)]
     if lost:
-        count = f"{len(lost)} of {len(questions)}"
-        print(f"{count} labels cannot be written by this student, such as {lost[0]!r}.")
+        print(
+            f"{len(lost)} of {len(questions)} labels cannot be written by this student, such as"
+            f" {lost[0]!r}."
+        )
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1279,25 +1273,24 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    path.parent.mkdir(exist_ok=True)
     write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
-def read_object(path: Path) -> dict[str, Any] | None:
-    """The JSON object in a file; None where there is no such file or it holds none."""
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; an empty one where there is no such file or it holds none."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError, RecursionError):
-        return None
-    return found if isinstance(found, dict) else None
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def parts_of(
     student: Student, disc: Discriminator | None, optimizers: dict[str, torch.optim.Optimizer]
 ) -> dict[str, Any]:
     """What a checkpoint holds the state of."""
-    parts = {"student": student.model, "disc": disc} if disc else {"student": student.model}
-    return parts | {f"optimizer of {name}": optimizer for name, optimizer in optimizers.items()}
+    models: dict[str, Any] = {"student": student.model, "disc": disc}  # None is no model
+    return {"models": torch.nn.ModuleDict(models), **optimizers}
 
 
 def save_checkpoint(
@@ -1306,9 +1299,10 @@ def save_checkpoint(
     disc: Discriminator | None,
     optimizers: dict[str, torch.optim.Optimizer],
     rounds: list[dict],
+    written: dict[int, SelfNegatives],
 ) -> None:
     """Write checkpoint.pt: all that the coming rounds need."""
-    state: dict[str, Any] = {"rounds": rounds, "room": student.room}
+    state: dict[str, Any] = {"rounds": rounds, "written": written, "room": student.room}
     for name, part in parts_of(student, disc, optimizers).items():
         state[name] = part.state_dict()
     with whole_file(run / "checkpoint.pt") as file:
@@ -1320,12 +1314,12 @@ def load_checkpoint(
     student: Student,
     disc: Discriminator | None,
     optimizers: dict[str, torch.optim.Optimizer],
-) -> list[dict] | None:
-    """Restore the last finished round; the metrics of all that are done, or None where there is
-    no checkpoint."""
+) -> tuple[list[dict], dict[int, SelfNegatives]]:
+    """Restore the last finished round; the metrics of all that are done, and what the student
+    wrote in each. Both are empty where there is no checkpoint."""
     path = run / "checkpoint.pt"
     if not path.exists():
-        return None
+        return [], {}
     try:
         with zipfile.ZipFile(path) as file:
             if file.testzip():  # checksums of all that it holds
@@ -1334,15 +1328,16 @@ def load_checkpoint(
         for name, part in parts_of(student, disc, optimizers).items():
             part.load_state_dict(state[name])
         student.room = state["room"]
+        rounds, written = state["rounds"], state["written"]
     except Exception as error:  # noqa: BLE001 - a damaged file can fail in any way
         raise UserError(f"{path} is damaged ({first_line(error)}): start afresh with --overwrite.")
-    print(f"Going on from round {len(state['rounds'])}.")
-    return state["rounds"]
+    print(f"Going on from round {len(rounds)}.")
+    return rounds, written
 
 
 # What a run writes into its directory, but for config.json and the lock.
 RUN_FILES = ["result.json", "predictions.jsonl", "metrics.jsonl", "checkpoint.pt"]
-RUN_FILES += ["discriminator.safetensors", "negatives", "student", "losses.png", "scores.png"]
+RUN_FILES += ["discriminator.safetensors", "negatives.jsonl", "student", "losses.png", "scores.png"]
 
 
 def run_directory(options: Options) -> Path:
@@ -1353,13 +1348,10 @@ def run_directory(options: Options) -> Path:
 
 def held(run: Path) -> filelock.AcquireReturnProxy:
     """The lock of a run directory: one process at a time works in it."""
-    lock = filelock.FileLock(run / "lock")
     try:
         run.mkdir(parents=True, exist_ok=True)
-        return lock.acquire(timeout=0)
-    except filelock.Timeout:
-        print(f"{run} is in use by another process: waiting until that ends.", flush=True)
-        return lock.acquire()
+        waiting = f"{run} is in use by another process: waiting until that ends."
+        return data.locked(run / "lock", waiting)
     except OSError as error:
         raise UserError(f"--out {run} cannot be used ({first_line(error)}): name another.")
 
@@ -1405,7 +1397,7 @@ def open_run(run: Path, options: Options) -> dict[str, Any]:
 def check_samples(run: Path, samples: dict[str, list[Sample]]) -> int:
     """A checksum of the samples. UserError if the run was begun with others."""
     now = zlib.crc32(repr(samples).encode())
-    before = (read_object(run / "config.json") or {}).get("samples", now)
+    before = read_object(run / "config.json").get("samples", now)
     if before != now:
         raise UserError(
             f"The teacher's samples are not those that {run} was begun with: set QCRD_CACHE as it"
@@ -1454,12 +1446,13 @@ def parse(
         description=(description or "").split("\n")[0],
         usage="%(prog)s [options]",
         allow_abbrev=False,
+        add_help=False,  # the help waits for the presets, so that it tells the defaults that hold
         formatter_class=partial(HelpFormatter, max_help_position=40, width=100),
     )
-    argv = sys.argv[1:] if argv is None else argv
     if preset:
-        first, _ = parser.parse_known_args([word for word in argv if word not in ("-h", "--help")])
+        first, _ = parser.parse_known_args(argv)
         parser.set_defaults(**presets(first.method, first.student))
+    parser.add_argument("-h", "--help", action="help", help="Show this help and end.")
     found, unknown = parser.parse_known_args(argv)
     if unknown:
         name = unknown[0].split("=")[0].replace("_", "-")
@@ -1480,7 +1473,7 @@ def parse_options(argv: Sequence[str] | None = None) -> Options:
         ):
             raise UserError(f"{flag(name)} is {value}: it must be a finite number, {least} 0.")
     fixed_run = Path(options.fixed_student).expanduser()
-    made_with = (read_object(fixed_run / "config.json") or {}).get("options") or {}
+    made_with = read_object(fixed_run / "config.json").get("options") or {}
     finished = (fixed_run / "result.json").exists() and made_with.get("method") == "dss"
     if options.negatives == "fixed" and not finished:
         raise UserError("--negatives fixed needs --fixed-student, a finished dss run's directory.")
@@ -1576,10 +1569,10 @@ def execute(run: Path, options: Options) -> dict[str, float]:
         learned = [text for q in questions[:10_000] for text in (q.label, *q.positives)]
         student.model.generation_config.max_new_tokens = target_length(student, learned, 1.0)
         write_atomically(run / "config.json", json.dumps(config, indent=2))
-        disc = make_discriminator(student, options) if options.disc != "none" else None
+        disc = make_discriminator(student, options)
         last = train(student, disc, questions, run, options)[-1]
         result = finish(student, disc, task, splits, run, options)
-        if disc:
+        if "AUC" in last:
             result["AUC"] = last["AUC"]
         write_atomically(run / "result.json", json.dumps(result))
     print(", ".join(f"{name} {value:.3f}" for name, value in result.items()))

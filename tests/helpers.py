@@ -101,8 +101,7 @@ def small_student(options: Options, kind: str = "t5") -> Student:
 def small_models(options: Options) -> tuple[Student, Discriminator | None]:
     """A small T5 student, and a discriminator where the options ask for one."""
     student = small_student(options)
-    disc = qcrd.make_discriminator(student, options) if options.disc != "none" else None
-    return student, disc
+    return student, qcrd.make_discriminator(student, options)
 
 
 def save_student(folder: str | Path, kind: str = "t5", **config: Any) -> str:

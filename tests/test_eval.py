@@ -242,7 +242,8 @@ def test_a_shown_questions_terms_are_what_training_computes(copy, capsys):
     *_, questions = qcrd.prepare(own)
     name = re.search(r"Training question (\S+)", shown)[1]
     _, model, disc, _ = evaluation.load_run(str(copy), evaluation.Options())
-    negatives = qcrd.read_negatives(questions, 2, copy, own)
+    written = evaluation.rows_of(copy / "negatives.jsonl", "id", "output")
+    negatives = {row["id"]: row["output"] for row in written}
     batch = [q for some in qcrd.round_batches(questions, own, 2) for q in some]
     row = [q.example.id for q in batch].index(name)
     chosen = qcrd.choose(model, disc, batch, negatives, own)
@@ -298,16 +299,19 @@ def test_a_run_of_some_of_the_questions_is_scored_again_as_it_scored_itself(trai
 
 
 @pytest.mark.parametrize(
-    ("file", "how"), [("predictions.jsonl", "--compare"), ("metrics.jsonl", "--plot")]
+    ("file", "how"),
+    [
+        ("predictions.jsonl", ["--compare", "RUN", "RUN"]),
+        ("metrics.jsonl", ["--runs", "RUN", "--plot"]),
+        ("negatives.jsonl", ["--runs", "RUN", "--show", "1"]),
+    ],
 )
 def test_a_row_that_is_damaged_is_told(copy, file, how):
     rows = evaluation.rows_of(copy / file)
     left = {"id": rows[0].get("id")}
     qcrd.write_jsonl(copy / file, [left, *rows[1:]])
-    command = (
-        ["--compare", str(copy), str(copy)] if how == "--compare" else ["--runs", str(copy), how]
-    )
-    with pytest.raises(UserError, match=f"{file} has a row without '(label|round)'"):
+    command = [str(copy) if word == "RUN" else word for word in how]
+    with pytest.raises(UserError, match=f"{file} has a row without '(label|round|output)'"):
         evaluation.main(command)
 
 
@@ -315,8 +319,8 @@ def test_what_is_gone_from_a_run_is_told(copy):
     for how in ("--show", "--plot"):
         with pytest.raises(UserError, match="is a student alone|cannot be read"):
             evaluation.main(["--runs", str(copy / "student"), how, *["1"][: how == "--show"]])
-    shutil.rmtree(copy / "negatives")
-    with pytest.raises(UserError, match="has not what the student wrote: .*--overwrite"):
+    (copy / "negatives.jsonl").unlink()
+    with pytest.raises(UserError, match="negatives.jsonl"):
         evaluation.main(["--runs", str(copy), "--show", "1"])
 
 
@@ -628,7 +632,8 @@ def test_a_density_stands_over_the_middle_of_its_bins_and_is_left_out_without_te
     evaluation.main(["--runs", run, "--plot"])
     densities = drawn["scores.png"]
     assert "positives" in densities and "teacher's negatives" not in densities
-    for x, density in densities.values():
+    for points in densities.values():
+        x, density = zip(*points, strict=True)
         assert x[0] == pytest.approx(0.02) and x[-1] == pytest.approx(0.98)
         assert sum(density) / 25 == pytest.approx(1)
 

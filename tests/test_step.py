@@ -606,7 +606,7 @@ def test_after_memory_ran_out_once_the_rest_of_the_run_uses_less_and_a_resumed_o
     student, disc = small_models(options)
     student.room = 0.25
     optimizers = qcrd.make_optimizers(student, disc, options)
-    qcrd.save_checkpoint(tmp_path, student, disc, optimizers, [{"round": 0}])
+    qcrd.save_checkpoint(tmp_path, student, disc, optimizers, [{"round": 0}], {})
     resumed, disc = small_models(options)
     optimizers = qcrd.make_optimizers(resumed, disc, options)
     qcrd.load_checkpoint(tmp_path, resumed, disc, optimizers)

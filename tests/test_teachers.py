@@ -298,7 +298,7 @@ def test_two_processes_on_one_cache_do_not_corrupt_it(tmp_path):
         assert process.returncode == 0
     assert len(cached(tmp_path)) == 200 and len(server.times) == 200
     (path,) = (tmp_path / "samples").glob("*.jsonl")
-    assert all(json.loads(line) for line in path.read_bytes().splitlines())
+    assert all(json.loads(line) for line in path.read_bytes().strip().splitlines())
     assert len(Cache(path).load()) == 200
 
 
@@ -321,7 +321,7 @@ def test_a_torn_last_line_is_dropped_with_a_warning_and_closed_before_the_next(t
     cache = Cache(tmp_path / "c.jsonl")
     cache.append("a", "t", 0, "one")
     with cache.path.open("ab") as file:
-        file.write(b'{"id": "b", "teacher": "t", "sam')
+        file.write(b'\n{"id": "b", "teacher": "t", "sam')
     assert cache.load() == {("a", 0): "one"}
     assert "torn" in capsys.readouterr().out
     cache.append("c", "t", 0, "two")
