@@ -564,7 +564,8 @@ def plot_study(options: Options, name: str, runs: dict[str, list[Run]]) -> None:
         lines: dict[str, Any] = {}
         far = []
         for label, row in STUDIES[name].items():
-            x, line, column = label, "rows", f"{metric} - dss"
+            x: Any = label
+            line, column = "rows", f"{metric} - dss"
             if key:
                 x = row.get(key, getattr(qcrd.Options(), key))
                 line, column = label.split(",")[0], metric
@@ -572,10 +573,13 @@ def plot_study(options: Options, name: str, runs: dict[str, list[Run]]) -> None:
             if abs(mean) > FAR and not key:
                 far.append(label)
             elif not math.isnan(mean):
-                lines.setdefault(line, []).append((x, mean, half))
+                points = lines.setdefault(line, [])
+                if key:  # a little apart, so that no interval hides another
+                    x += 0.01 * list(lines).index(line)
+                points.append((x, mean, half))
         if lines:
             title = f"{column}, points with 95% intervals, {options.seeds} seeds"
-            title += f"; by {key}" if key else ""
+            title += f"; by {qcrd.flag(key)}" if key else ""
             title += f"\nbeyond {FAR} points, not shown: {', '.join(far)}" if far else ""
             path = Path(f"{study_path(options, name, metric)}.svg")
             draw(path, title, lines, "o-" if key else "o")

@@ -570,7 +570,7 @@ def test_studies_print_differences_and_are_drawn_from_their_results(tmp_path, mo
     assert ">mi<" not in methods and "beyond 15 points, not shown: mi" in methods
     assert not re.search(r">[−-](20|30|40)<", methods)  # mi does not stretch the axis
     noise = next(text for name, text in pictures.items() if "noise-accuracy" in name)
-    assert "by toy_errors" in noise and ">ED<" in noise and ">0.5<" in noise
+    assert "by --toy-errors" in noise and ">ED<" in noise and ">0.5<" in noise
 
 
 def test_rationales_that_cannot_be_checked_have_no_picture(tmp_path, monkeypatch):
