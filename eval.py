@@ -205,8 +205,9 @@ def show(folder: str, options: Options) -> None:
     """
     path, student, disc, own = load_run(folder, options)
     task, splits, samples, questions = prepare_again(path, own)
-    written = rows_of(path / "negatives.jsonl", "id", "output")
-    self_negatives = {row["id"]: row["output"] for row in written}
+    place = path / "negatives.jsonl"
+    written = {str(row["id"]): row["output"] for row in rows_of(place, "id", "output")}
+    self_negatives = qcrd.read_negatives(written, questions, own.rounds - 1, own, place)
     wanted = [q for q in questions if q.example.id == options.show]
     if not wanted and not re.fullmatch("[1-9][0-9]*", options.show):
         raise UserError(

@@ -907,9 +907,10 @@ def readers_of(questions: list[Question], round_: int, options: Options) -> dict
 
 def write_negatives(
     student: Student, questions: list[Question], round_: int, options: Options
-) -> SelfNegatives:
+) -> dict[str, str]:
     """At the start of a round the student writes one rationale at --student-temperature for each
-    question of the rounds j later. They wait for it, so that no old student need be kept."""
+    question of the rounds j later. By question id, they wait for these rounds, so that no old
+    student need be kept."""
     asked = readers_of(questions, round_, options)
     if not asked:
         return {}
@@ -921,7 +922,19 @@ def write_negatives(
     inputs = [f"explain: {q.example.input}" for q in asked.values()]
     desc = f"negatives of round {round_}"
     texts = student.write(inputs, desc, limit, options.student_temperature)
-    return {id: text for id, text in zip(asked, texts, strict=True) if text}
+    return dict(zip(asked, texts, strict=True))
+
+
+def read_negatives(
+    written: dict[str, str], questions: list[Question], round_: int, options: Options, place: Path
+) -> SelfNegatives:
+    """The self-adversarial negatives that a round trains on, of what was written for it; UserError
+    if that is not what `place` must hold. An empty text is none."""
+    source = source_round(round_, options)
+    asked = readers_of(questions, source, options) if source >= 0 else {}
+    if written.keys() != asked.keys() or not all(isinstance(t, str) for t in written.values()):
+        raise UserError(f"{place} has not what the student wrote: start afresh with --overwrite.")
+    return {id: text for id, text in written.items() if text}
 
 
 def target_length(student: Student, texts: Iterable[str], quantile: float) -> int:
@@ -1073,7 +1086,8 @@ def train(
     for round_ in range(first, options.rounds):
         began = time.monotonic()
         written[round_] = write_negatives(student, questions, round_, options)
-        self_negatives = written.get(source_round(round_, options), {})
+        due = written.get(source_round(round_, options), {})
+        self_negatives = read_negatives(due, questions, round_, options, run / "checkpoint.pt")
         batches = round_batches(questions, options, round_)
         metrics: dict[str, list[float]] = defaultdict(list)
         for step, batch in enumerate(batches, round_ * steps):
@@ -1097,7 +1111,7 @@ def train(
             left = seconds * (options.rounds - 1 - first) / 60
             tqdm.write(f"The other rounds take about {left:.0f} minutes.")
         write_jsonl(run / "metrics.jsonl", rounds)
-        shown = [{"id": id, "output": text} for id, text in self_negatives.items()]
+        shown = [{"id": id, "output": text} for id, text in due.items()]
         write_jsonl(run / "negatives.jsonl", shown)  # for people, and eval.py
         save_checkpoint(run, student, disc, optimizers, rounds, written)
     bar.close()
@@ -1299,7 +1313,7 @@ def save_checkpoint(
     disc: Discriminator | None,
     optimizers: dict[str, torch.optim.Optimizer],
     rounds: list[dict],
-    written: dict[int, SelfNegatives],
+    written: dict[int, dict[str, str]],
 ) -> None:
     """Write checkpoint.pt: all that the coming rounds need."""
     state: dict[str, Any] = {"rounds": rounds, "written": written, "room": student.room}
@@ -1314,7 +1328,7 @@ def load_checkpoint(
     student: Student,
     disc: Discriminator | None,
     optimizers: dict[str, torch.optim.Optimizer],
-) -> tuple[list[dict], dict[int, SelfNegatives]]:
+) -> tuple[list[dict], dict[int, dict[str, str]]]:
     """Restore the last finished round; the metrics of all that are done, and what the student
     wrote in each. Both are empty where there is no checkpoint."""
     path = run / "checkpoint.pt"
@@ -1328,10 +1342,13 @@ def load_checkpoint(
         for name, part in parts_of(student, disc, optimizers).items():
             part.load_state_dict(state[name])
         student.room = state["room"]
-        rounds, written = state["rounds"], state["written"]
+        rounds, written = list(state["rounds"]), dict(state["written"])
+        print(f"Going on from round {len(rounds)}.")
     except Exception as error:  # noqa: BLE001 - a damaged file can fail in any way
-        raise UserError(f"{path} is damaged ({first_line(error)}): start afresh with --overwrite.")
-    print(f"Going on from round {len(rounds)}.")
+        raise UserError(
+            f"{path} is damaged or of another version ({first_line(error)}): start afresh with"
+            " --overwrite."
+        )
     return rounds, written
 
 

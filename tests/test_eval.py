@@ -242,8 +242,8 @@ def test_a_shown_questions_terms_are_what_training_computes(copy, capsys):
     *_, questions = qcrd.prepare(own)
     name = re.search(r"Training question (\S+)", shown)[1]
     _, model, disc, _ = evaluation.load_run(str(copy), evaluation.Options())
-    written = evaluation.rows_of(copy / "negatives.jsonl", "id", "output")
-    negatives = {row["id"]: row["output"] for row in written}
+    rows = evaluation.rows_of(copy / "negatives.jsonl", "id", "output")
+    negatives = {row["id"]: row["output"] for row in rows if row["output"]}
     batch = [q for some in qcrd.round_batches(questions, own, 2) for q in some]
     row = [q.example.id for q in batch].index(name)
     chosen = qcrd.choose(model, disc, batch, negatives, own)
@@ -319,6 +319,12 @@ def test_what_is_gone_from_a_run_is_told(copy):
     for how in ("--show", "--plot"):
         with pytest.raises(UserError, match="is a student alone|cannot be read"):
             evaluation.main(["--runs", str(copy / "student"), how, *["1"][: how == "--show"]])
+    rows = evaluation.rows_of(copy / "negatives.jsonl")
+    foreign = [[], rows[1:], [{"id": ["a"], "output": "x"}], [*rows[1:], rows[0] | {"output": 3}]]
+    for other in foreign:
+        qcrd.write_jsonl(copy / "negatives.jsonl", other)
+        with pytest.raises(UserError, match="negatives.jsonl has not what the student wrote"):
+            evaluation.main(["--runs", str(copy), "--show", "1"])
     (copy / "negatives.jsonl").unlink()
     with pytest.raises(UserError, match="negatives.jsonl"):
         evaluation.main(["--runs", str(copy), "--show", "1"])

@@ -179,8 +179,8 @@ def test_round_t_trains_on_what_round_t_minus_j_wrote_and_the_oldest_before(whol
     fixed = make_options(negatives="fixed", fixed_student="x")
     assert [qcrd.source_round(t, fixed) for t in (0, 7)] == [0, 0]
     state = torch.load(whole / "checkpoint.pt", weights_only=True)
-    # of 24 questions, less what is empty; no round trains on what the last one would write
-    assert [len(texts) > 20 for texts in state["written"].values()] == [True, True, False]
+    # for 24 questions; no round trains on what the last one would write
+    assert [len(texts) for texts in state["written"].values()] == [24, 24, 0]
     # the last of three rounds, with a lag of one
     text = (whole / "negatives.jsonl").read_text()
     rows = [json.loads(line) for line in text.splitlines()]
@@ -201,7 +201,8 @@ def test_the_queue_hands_a_round_the_old_students_words(monkeypatch):
     queue, got = {}, []
     for round_ in range(4):
         queue[round_] = qcrd.write_negatives(student, [question], round_, options)
-        got.append(queue[qcrd.source_round(round_, options)]["q"])
+        due = queue[qcrd.source_round(round_, options)]
+        got.append(qcrd.read_negatives(due, [question], round_, options, Path("x"))["q"])
     assert got == ["from student 0", "from student 0", "from student 0", "from student 1"]
     assert len(written) == 2  # rounds 2 and 3 write nothing, since no later round would read it
 
@@ -215,7 +216,8 @@ def test_the_students_negatives_are_hot_and_end_at_the_length_of_nine_rationales
     questions = [qcrd.Question(data.Example("q", "How many?", "1"), "1", texts, [])]
     asked: list[Any] = []
     monkeypatch.setattr(student, "write", lambda *how: asked.append(how) or [""])
-    assert qcrd.write_negatives(student, questions, 0, options) == {}  # an empty text is none
+    written = qcrd.write_negatives(student, questions, 0, options)
+    assert qcrd.read_negatives(written, questions, 0, options, Path("x")) == {}  # "" is none
     inputs, _, limit, temperature = asked[0]
     lengths = sorted(len(tokenizer()(text).input_ids) for text in texts)
     assert inputs == ["explain: How many?"] and temperature == 1.7
@@ -226,7 +228,7 @@ def test_negatives_of_the_vote_alone_need_no_writing():
     options = make_options(negatives="teacher")
     question = qcrd.Question(data.Example("q", "How many?", "1"), "1", ["one"], [])
     assert qcrd.write_negatives(small_student(options), [question], 0, options) == {}
-    assert qcrd.source_round(0, options) not in range(20)
+    assert qcrd.read_negatives({}, [question], 0, options, Path("x")) == {}
 
 
 def test_a_student_that_does_not_stop_writes_as_long_as_what_it_learned(whole):
@@ -300,7 +302,7 @@ def test_a_fixed_student_writes_once_and_all_rounds_train_on_it(student, tmp_pat
     fixed = ["--negatives", "fixed", "--fixed-student", str(dss)]
     qcrd.main(arguments(student, tmp_path / "run", *fixed))
     state = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
-    assert [len(texts) > 20 for texts in state["written"].values()] == [True, False, False]
+    assert [len(texts) for texts in state["written"].values()] == [24, 0, 0]
     rows = metrics(tmp_path / "run")
     assert len(rows) == 3 and all("s_self" in row for row in rows)
 
@@ -887,6 +889,37 @@ def test_a_folder_that_is_called_like_a_built_in_name_is_no_input(name, tmp_path
     options = qcrd.parse_options(["--task", "svamp", "--teacher", "palm", "--data", "no.zip"])
     assert qcrd.inputs_of(options) == {}
     assert qcrd.inputs_of(qcrd.parse_options([])) == {}
+
+
+WRITTEN: list[Callable[[dict], dict]] = [
+    lambda texts: {},
+    lambda texts: {"of another run": "a"},
+    lambda texts: dict(list(texts.items())[1:]),
+    lambda texts: texts | {next(iter(texts)): None},
+    lambda texts: {f"{id}, another": text for id, text in texts.items()},
+]
+
+
+@pytest.mark.parametrize("change", WRITTEN)
+def test_a_checkpoint_without_what_the_student_wrote_is_refused(
+    unfinished, student, tmp_path, small_toy, change
+):
+    run = tmp_path / "run"
+    shutil.copytree(unfinished, run)
+    state = torch.load(run / "checkpoint.pt", weights_only=True)
+    state["written"][1] = change(state["written"][1])
+    torch.save(state, run / "checkpoint.pt")
+    sentence = refused(arguments(student, run))
+    assert "checkpoint.pt has not what the student wrote" in sentence and "--overwrite" in sentence
+
+
+def test_a_checkpoint_of_another_version_is_one_sentence(unfinished, student, tmp_path, small_toy):
+    run = tmp_path / "run"
+    shutil.copytree(unfinished, run)
+    for change in ({"rounds": 3}, {"written": 3}, {"models": {}}):
+        state = torch.load(unfinished / "checkpoint.pt", weights_only=True)
+        torch.save(state | change, run / "checkpoint.pt")
+        assert "checkpoint.pt is damaged or of another version" in refused(arguments(student, run))
 
 
 @pytest.mark.parametrize("content", ["", "null", "[]", "{}", '{"accuracy": 0.'])
