@@ -2,7 +2,7 @@
 
     python qcrd.py                                       # built-in task and student, no download
     python qcrd.py --task anli --student t5-small        # a real task, with DSS's teacher samples
-    python qcrd.py --task my.jsonl --student t5-small --teacher api:MODEL    # your own of both
+    python qcrd.py --task my.jsonl --student t5-small --teacher api:MODEL    # a task of your own
 
 A small seq2seq model, the student, learns to answer questions from a large model, the teacher:
 1. The teacher answers each question K times, each time with a rationale: why it is the answer.
@@ -1038,14 +1038,16 @@ def steps_in_round(questions: list[Question], options: Options) -> int:
     return options.round_steps or min(ROUND_STEPS, a_pass)
 
 
-def endless_batches(questions: list[Question], options: Options) -> Iterator[list[Question]]:
-    """The batches of one pass over the training set after the other.
+def batches_from(
+    questions: list[Question], options: Options, first: int
+) -> Iterator[list[Question]]:
+    """The batches of one pass over the training set after the other, from pass `first` on.
 
     A pass is shuffled by seed and number; the questions of a batch are alike in length, so that
     little is padding.
     """
     size = options.batch_size
-    for number in count():
+    for number in count(first):
         rng = random.Random(step_seed(options.seed, number, "order"))
         shuffled = rng.sample(questions, len(questions))
         order: list[Question] = []
@@ -1058,8 +1060,8 @@ def endless_batches(questions: list[Question], options: Options) -> Iterator[lis
 def round_batches(questions: list[Question], options: Options, round_: int) -> list[list[Question]]:
     """The batches of a round: its steps of the endless row of passes."""
     steps = steps_in_round(questions, options)
-    batches = endless_batches(questions, options)
-    return list(islice(batches, round_ * steps, (round_ + 1) * steps))
+    first, done = divmod(round_ * steps, math.ceil(len(questions) / options.batch_size))
+    return list(islice(batches_from(questions, options, first), done, done + steps))
 
 
 def train(
@@ -1076,8 +1078,9 @@ def train(
     if not (run / "checkpoint.pt").exists():
         if disc:
             pretrain_disc(student, disc, questions, optimizers["disc"], options)
-            for auc in disc_auc(student, disc, questions).values():
-                print(f"discriminator pretrained: AUC {auc:.3f} on held-out questions")
+            ranked = disc_auc(student, disc, questions)
+            if ranked:
+                print(f"discriminator pretrained: AUC {ranked['AUC']:.3f} on held-out questions")
         save_checkpoint(run, student, disc, optimizers, rounds, written)
     steps, first = steps_in_round(questions, options), len(rounds)
     total = options.rounds * steps
@@ -1490,10 +1493,13 @@ def parse_options(argv: Sequence[str] | None = None) -> Options:
         ):
             raise UserError(f"{flag(name)} is {value}: it must be a finite number, {least} 0.")
     fixed_run = Path(options.fixed_student).expanduser()
-    made_with = read_object(fixed_run / "config.json").get("options") or {}
-    finished = (fixed_run / "result.json").exists() and made_with.get("method") == "dss"
-    if options.negatives == "fixed" and not finished:
-        raise UserError("--negatives fixed needs --fixed-student, a finished dss run's directory.")
+    match read_object(fixed_run / "config.json"):
+        case {"options": {"method": "dss"}} if (fixed_run / "result.json").exists():
+            pass
+        case _ if options.negatives == "fixed":
+            raise UserError(
+                "--negatives fixed needs --fixed-student, a finished dss run's directory."
+            )
     if len(set(options.teacher)) < len(options.teacher):
         raise UserError("--teacher names one teacher twice: name each once.")
     if options.api_base:

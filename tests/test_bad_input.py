@@ -6,6 +6,7 @@ import json
 import os
 import random
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -488,7 +489,9 @@ def test_negatives_of_a_fixed_student_need_its_run_also_beside_a_folder_called_s
     assert Path("student").is_dir()
     qcrd.main(["--out", "no-dss", "--positives", "none", "--student", "student", *SHORT])
     capfd.readouterr()
-    fixed_students = ["", "nowhere", "no-dss"]
+    shutil.copytree("no-dss", "damaged")
+    Path("damaged/config.json").write_text('{"options": ["dss"]}')
+    fixed_students = ["", "nowhere", "no-dss", "damaged"]
     for more in ([], *(["--fixed-student", name] for name in fixed_students)):
         assert "--fixed-student" in refusal(capfd, "--negatives", "fixed", *more, *SHORT)
 

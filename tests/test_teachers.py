@@ -401,7 +401,8 @@ def test_several_teachers_are_pooled(tmp_path, monkeypatch):
     assert all([s.teacher for s in own] == ["toy"] * 5 + ["me"] for own in samples.values())
     # a file of two teachers in any order: the first K of each
     rows = [(name, n) for name in ("a", "b") for n in (2, 1, 0)]
-    file.write_text(
+    both = tmp_path / "both.jsonl"
+    both.write_text(
         "".join(
             json.dumps({"id": e.id, "teacher": name, "sample": n, "output": f"The answer is {n}."})
             + "\n"
@@ -409,17 +410,10 @@ def test_several_teachers_are_pooled(tmp_path, monkeypatch):
             for name, n in rows
         )
     )
-    samples = data.collect(TASKS["toy"], examples, [str(file)], make_options(k=2))
+    samples = data.collect(TASKS["toy"], examples, [str(both)], make_options(k=2))
     for of_question in samples.values():
         found = [(s.teacher, s.answer) for s in of_question]
         assert found == [("a", "0"), ("a", "1"), ("b", "0"), ("b", "1")]
-    file.write_text(
-        "".join(
-            json.dumps({"id": e.id, "teacher": "me", "sample": 0, "output": "The answer is 3."})
-            + "\n"
-            for e in examples
-        )
-    )
     # K are of each teacher: none is asked for samples that are not used
     samples = data.collect(TASKS["toy"], examples, ["toy", str(file)], make_options(k=2))
     assert all([s.teacher for s in own] == ["toy"] * 2 + ["me"] for own in samples.values())
