@@ -428,7 +428,7 @@ GROUP_TOKENS_GPU = 4096  # tokens of labels or rationales: as many as fill a GPU
 GROUP_FLOATS_CPU = 2**18  # their tokens times the model's width: as many as stay in a CPU's caches
 MICRO_BATCH_TOKENS = 6144  # tokens of the questions and rationales in a backward pass
 WRITE_TOKENS = 32768  # tokens of the inputs that are answered at once
-LEAST_ROOM = 1 / 512  # with less, every piece is a single question
+LEAST_ROOM = 1 / 512  # with it a piece is a single question, or a few short ones
 
 
 class Student:
@@ -515,7 +515,7 @@ class Student:
         which, labels, first = self.tensor(order), self.padded([ids[i] for i in order]), 0
         while first < len(ids):
             longest = len(ids[order[first]])
-            last = first + self.at_once(len(ids), longest, tokens)
+            last = first + max(1, int(self.room * tokens / longest))
             yield which[first:last], labels[first:last, :longest]
             first = last
 
@@ -527,11 +527,6 @@ class Student:
         logits = self.logits(encoded, self.tensor(row), labels)
         return logits.softmax(2).masked_fill(labels[..., None] == -100, 0).amax(1)
 
-    def at_once(self, count: int, length: float, tokens: int) -> int:
-        """How many of `count` sequences of this length are computed at once: as many as make
-        `tokens` tokens, one at least; less where memory has run out."""
-        return max(1, int(self.room * min(count, tokens / length)))
-
     def micro_batches(
         self, questions: list[Question], rationales: list[Rationale], inputs: float
     ) -> Iterator[tuple[list[Question], list[Rationale]]]:
@@ -541,7 +536,7 @@ class Student:
         targets = sum(len(self.ids(r.text, self.max_target)) for r in rationales)
         most = self.micro_batch or len(questions)
         tokens = inputs * longest + targets / len(questions)  # of a question
-        size = self.at_once(most, tokens, MICRO_BATCH_TOKENS)
+        size = max(1, int(self.room * min(most, MICRO_BATCH_TOKENS / tokens)))
         for first in range(0, len(questions), size):
             those = [r for r in rationales if first <= r.row < first + size]
             yield questions[first : first + size], [replace(r, row=r.row - first) for r in those]

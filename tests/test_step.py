@@ -592,11 +592,32 @@ def test_writing_whose_memory_runs_out_gives_the_same_texts_in_smaller_pieces(mo
     inputs = [f"explain: {q.example.input}" for q in a_batch()[0]]
     expected = student.write(inputs, "x", 12)
     assert len(set(expected)) > 1
+    longest = max(len(student.ids(text, 1024)) for text in inputs)
+    monkeypatch.setattr(qcrd, "WRITE_TOKENS", len(inputs) * longest)
     full = Full(student.model.generate, 1)
     monkeypatch.setattr(student.model, "generate", full)
     assert student.write(inputs, "x", 12) == expected
     assert full.calls > 2  # all, then halves
     assert_said_once(capsys)
+
+
+def test_with_a_quarter_of_the_room_there_are_four_times_as_many_passes(monkeypatch):
+    options = make_options()
+    student = small_student(options)
+    questions = [Question(data.Example(str(i), "a b c", "d"), "d", ["e f"], []) for i in range(16)]
+    chosen = [qcrd.Rationale(row, "e f", True, share=1.0, weight=1.0) for row in range(16)]
+    length = {text: len(student.ids(text, 256)) for text in ("a b c", "d", "e f")}
+    monkeypatch.setattr(qcrd, "MICRO_BATCH_TOKENS", 16 * (2 * length["a b c"] + length["e f"]))
+    student.group_tokens = 32 * max(length["d"], length["e f"])  # all 16 labels and rationales
+    passes = Full(student.logits, 0)  # never full
+    monkeypatch.setattr(student, "logits", passes)
+    counts = []
+    for student.room in (1, 1 / 4):  # 4 micro-batches, and not each in 4 groups
+        passes.calls = 0
+        for some, those in student.micro_batches(questions, chosen, inputs=2):
+            student_losses(student, some, those, options)
+        counts.append(passes.calls)
+    assert counts == [1, 4]
 
 
 def test_after_memory_ran_out_once_the_rest_of_the_run_uses_less_and_a_resumed_one_too(
