@@ -420,22 +420,24 @@ def test_a_student_that_reads_less_than_max_input_names_the_option(place, capfd)
 STRANGE = "Wherefore zebras? Quickly, xylophones jump! %% {} ~ #"
 
 
-@pytest.mark.parametrize("name", ["tiny", "student"])
-def test_a_task_that_the_student_cannot_read_is_refused_for_tiny_and_told_for_another(
-    place, capfd, monkeypatch, name
-):
-    monkeypatch.setattr(data, "tiny_student", lambda: Path("student"))
+def test_a_task_that_the_student_cannot_read_is_told(place, capfd):
     rows = [row | {"input": f"{STRANGE} {row['input']}", "rationale": "So."} for row in GOOD]
     Path("task.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    if name == "tiny":
-        sentence = refusal(capfd, "--student", "tiny", "--task", "task.jsonl")
+    command = ["--student", "student", "--task", "task.jsonl", "--out", "run", *SHORT]
+    assert qcrd.main(command)["accuracy"] >= 0
+    lines = capfd.readouterr().out.splitlines()
+    told = [line for line in lines if line.startswith("warning: ") and "does not know" in line]
+    assert told and "--student student" in told[0]
+
+
+def test_tiny_is_refused_for_another_task_before_anything_is_read_or_paid_for(
+    place, capfd, monkeypatch
+):
+    for name in ("tiny_student", "load_task", "collect"):
+        monkeypatch.setattr(data, name, None)  # a call would end in a traceback
+    for task in ("svamp", "task.jsonl"):
+        sentence = refusal(capfd, "--student", "tiny", "--task", task, "--teacher", "api:m")
         assert "--student tiny" in sentence and "--student t5-small" in sentence
-    else:
-        command = ["--student", name, "--task", "task.jsonl", "--out", "run", *SHORT]
-        assert qcrd.main(command)["accuracy"] >= 0
-        lines = capfd.readouterr().out.splitlines()
-        told = [line for line in lines if line.startswith("warning: ") and "does not know" in line]
-        assert told and "--student student" in told[0]
 
 
 def test_tiny_knows_its_own_task(place, capfd, monkeypatch):

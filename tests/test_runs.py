@@ -886,8 +886,8 @@ def test_a_first_command_with_a_bad_student_or_option_does_not_block_the_mended_
 def test_a_folder_that_is_called_like_a_built_in_name_is_no_input(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path(name).mkdir()
-    options = qcrd.parse_options(["--task", "svamp", "--teacher", "palm", "--data", "no.zip"])
-    assert qcrd.inputs_of(options) == {}
+    command = ["--task", "svamp", "--teacher", "palm", "--data", "no.zip", "--student", "no-folder"]
+    assert qcrd.inputs_of(qcrd.parse_options(command)) == {}
     assert qcrd.inputs_of(qcrd.parse_options([])) == {}
 
 
