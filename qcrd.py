@@ -427,6 +427,8 @@ class Discriminator(torch.nn.Module):
 GROUP_TOKENS_GPU = 4096  # tokens of labels or rationales: as many as fill a GPU
 GROUP_FLOATS_CPU = 2**18  # their tokens times the model's width: as many as stay in a CPU's caches
 MICRO_BATCH_TOKENS = 6144  # tokens of the questions and rationales in a backward pass
+# A CPU does not tell that memory runs out: there a student larger than T5-small has fewer tokens.
+T5_SMALL = 61_000_000  # parameters
 WRITE_TOKENS = 32768  # tokens of the inputs that are answered at once
 LEAST_ROOM = 1 / 512  # with it a piece is a single question, or a few short ones
 
@@ -446,6 +448,8 @@ class Student:
         self.autocast = partial(torch.autocast, self.device.type, torch.bfloat16, self.bf16)
         width = model.get_input_embeddings().weight.shape[1]
         self.group_tokens = GROUP_TOKENS_GPU if on_gpu else max(64, GROUP_FLOATS_CPU // width)
+        larger = 1 if on_gpu else max(1, model.num_parameters() / T5_SMALL)
+        self.micro_batch_tokens = MICRO_BATCH_TOKENS / larger
         self.room = 1.0  # the share of these sizes that fits into memory
         # each text is tokenized once: small students would spend a sixth of a step on it
         self.ids = lru_cache(200_000)(self.tokenize)
@@ -536,7 +540,7 @@ class Student:
         targets = sum(len(self.ids(r.text, self.max_target)) for r in rationales)
         most = self.micro_batch or len(questions)
         tokens = inputs * longest + targets / len(questions)  # of a question
-        size = max(1, int(self.room * min(most, MICRO_BATCH_TOKENS / tokens)))
+        size = max(1, int(self.room * min(most, self.micro_batch_tokens / tokens)))
         for first in range(0, len(questions), size):
             those = [r for r in rationales if first <= r.row < first + size]
             yield questions[first : first + size], [replace(r, row=r.row - first) for r in those]

@@ -290,13 +290,20 @@ def test_a_micro_batch_is_as_many_questions_as_make_so_many_tokens(monkeypatch):
     for q in questions:
         q.example = data.Example(q.example.id, "an input", "")
     six = [replace(rationales[0], row=row, text="r") for row in range(6)]
-    monkeypatch.setattr(qcrd, "MICRO_BATCH_TOKENS", 999)
+    student.micro_batch_tokens = 999
     assert sizes(six, 2) == [3, 3]
-    monkeypatch.setattr(qcrd, "MICRO_BATCH_TOKENS", 1000)
+    student.micro_batch_tokens = 1000
     assert sizes(six, 2) == [4, 2] and sizes([], 2) == [5, 1]
     assert sizes(six, 4) == [2, 2, 2]  # each question read four times
-    monkeypatch.setattr(qcrd, "MICRO_BATCH_TOKENS", 1)
+    student.micro_batch_tokens = 1
     assert sizes(six, 2) == [1] * 6
+
+
+def test_on_a_cpu_a_larger_student_has_fewer_tokens_in_a_backward_pass(monkeypatch):
+    assert small_student(make_options()).micro_batch_tokens == 6144
+    parameters = sum(p.numel() for p in small_student(make_options()).model.parameters())
+    monkeypatch.setattr(qcrd, "T5_SMALL", parameters / 3)
+    assert small_student(make_options()).micro_batch_tokens == pytest.approx(2048)
 
 
 def test_a_step_is_eq_8_with_the_decay_of_alpha_3_and_mis_loss():
@@ -607,7 +614,7 @@ def test_with_a_quarter_of_the_room_there_are_four_times_as_many_passes(monkeypa
     questions = [Question(data.Example(str(i), "a b c", "d"), "d", ["e f"], []) for i in range(16)]
     chosen = [qcrd.Rationale(row, "e f", True, share=1.0, weight=1.0) for row in range(16)]
     length = {text: len(student.ids(text, 256)) for text in ("a b c", "d", "e f")}
-    monkeypatch.setattr(qcrd, "MICRO_BATCH_TOKENS", 16 * (2 * length["a b c"] + length["e f"]))
+    student.micro_batch_tokens = 16 * (2 * length["a b c"] + length["e f"])
     student.group_tokens = 32 * max(length["d"], length["e f"])  # all 16 labels and rationales
     passes = Full(student.logits, 0)  # never full
     monkeypatch.setattr(student, "logits", passes)
