@@ -15,6 +15,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -948,7 +949,12 @@ def test_a_server_that_goes_away_after_its_first_answers_is_waited_for(api, monk
 
     def restart(back: Server) -> None:
         back.__dict__ |= server.__dict__
-        ThreadingHTTPServer.__init__(back, server.server_address, Handler)
+        bound = False
+        while not bound:  # the old server holds the port until its thread has seen the end
+            with suppress(OSError):
+                ThreadingHTTPServer.__init__(back, server.server_address, Handler)
+                bound = True
+            time.sleep(0.05)
         back.serve_forever()
 
     server.answer = leave
