@@ -56,7 +56,7 @@ from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache, partial
-from itertools import count, groupby, islice
+from itertools import chain, count, groupby, islice
 from pathlib import Path
 from statistics import fmean
 from typing import IO, Any, Literal
@@ -896,12 +896,11 @@ def source_round(round_: int, options: Options) -> int:
 def readers_of(questions: list[Question], round_: int, options: Options) -> dict[str, Question]:
     """By id, the questions of the rounds that train on what the student writes in `round_`: in a
     large training set no round has them all."""
-    found: dict[str, Question] = {}
-    for later in range(round_, options.rounds):
-        if source_round(later, options) == round_:
-            for batch in round_batches(questions, options, later):
-                found |= {q.example.id: q for q in batch}
-    return found
+    rounds = [r for r in range(round_, options.rounds) if source_round(r, options) == round_]
+    if not rounds:
+        return {}
+    batches = round_batches(questions, options, rounds[0], len(rounds))  # they are consecutive
+    return {q.example.id: q for q in chain.from_iterable(batches)}
 
 
 def write_negatives(
@@ -1056,11 +1055,14 @@ def batches_from(
         yield from rng.sample(of_pass, len(of_pass))
 
 
-def round_batches(questions: list[Question], options: Options, round_: int) -> list[list[Question]]:
-    """The batches of a round: its steps of the endless row of passes."""
+def round_batches(
+    questions: list[Question], options: Options, round_: int, rounds: int = 1
+) -> list[list[Question]]:
+    """The batches of a round, or of so many from it on: their steps of the endless row of
+    passes."""
     steps = steps_in_round(questions, options)
     first, done = divmod(round_ * steps, math.ceil(len(questions) / options.batch_size))
-    return list(islice(batches_from(questions, options, first), done, done + steps))
+    return list(islice(batches_from(questions, options, first), done, done + rounds * steps))
 
 
 def train(

@@ -346,6 +346,25 @@ def test_the_rounds_batches_are_passes_over_the_training_set_in_an_order_of_the_
     assert len(three) > 50 and three == (first + second)[: len(three)]
 
 
+@pytest.mark.parametrize("negatives", ["student", "fixed", "teacher"])
+def test_readers_are_the_questions_of_all_rounds_that_train_on_what_a_round_writes(negatives):
+    examples = [data.Example(str(i), "How many?", "1") for i in range(50)]
+    questions = [qcrd.Question(example, "1", ["one"], []) for example in examples]
+    options = make_options(negatives=negatives, batch_size=8, round_steps=2, rounds=6, lag=2)
+    for round_ in range(6):
+        slow: list[str] = []
+        for later in range(round_, 6):
+            if qcrd.source_round(later, options) == round_:
+                batches = qcrd.round_batches(questions, options, later)
+                slow += [q.example.id for batch in batches for q in batch]
+        found = qcrd.readers_of(questions, round_, options)
+        assert list(found) == list(dict.fromkeys(slow))  # in the order in which it writes
+        assert all(found[id] is questions[int(id)] for id in found)
+        assert bool(found) == (
+            round_ in {"student": range(4), "fixed": [0], "teacher": []}[negatives]
+        )
+
+
 def test_a_rounds_figures_are_a_row_of_a_table_under_the_papers_symbols():
     row = {"round": 9, "L_pred": 1.63, "L_neg": -0.00168, "AUC": 0.689, "q/s": 1234.5}
     head, line = qcrd.table_row({name: name for name in qcrd.COLUMNS}), qcrd.table_row(row)
@@ -443,8 +462,8 @@ def test_any_seq2seq_model_can_be_the_student(kind, tmp_path, small_toy, capsys)
 
 def greedy(student: qcrd.Student, text: str, start: int, limit: int) -> str:
     """What a student says token by token, each the likeliest one."""
-    x = student.tokenizer(text, return_tensors="pt")
-    written = torch.tensor([[start]])
+    x = student.tokenizer(text, return_tensors="pt").to(student.device)
+    written = torch.tensor([[start]], device=student.device)
     with qcrd.without_dropout(student.model):
         for _ in range(limit):
             output = student.model(
