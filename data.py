@@ -48,7 +48,7 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 
 DSS_ZIP = "https://github.com/google-research/distilling-step-by-step/raw/main/datasets.zip"
-TEACHER_BATCH = {"cpu": 16, "cuda": 64}  # a local teacher's questions at once
+TEACHER_BATCH = 64  # a local teacher's questions at once on a GPU; on a CPU a quarter
 API_TIMEOUT = 120  # seconds for a whole reply
 API_LARGEST = 2**24  # bytes of a reply; what is longer is cut
 API_TRIES, API_BACKOFF = 8, 1.0  # tries of a request, seconds before the second
@@ -65,6 +65,37 @@ class UserError(Exception):
 def first_line(error: Exception) -> str:
     """What an exception says, short enough for a sentence."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
+def gpu_or_cpu(device: str) -> str:
+    """The device that --device names: auto is a GPU where there is one."""
+    if device != "auto":
+        return device
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def memory_is_full(error: Exception) -> bool:
+    """Whether an error says so, of a GPU or of the computer: torch has several for it."""
+    signs = ("out of memory", "ALLOC_FAILED", "allocate memory", "not enough memory")
+    known = isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
+    return known or isinstance(error, torch.OutOfMemoryError)
+
+
+def in_batches(items: list, size: int, work: Callable[[list], Any]) -> Iterator[Any]:
+    """work(batch) for each batch of so many items; where memory runs out, of half as many from
+    there on."""
+    done = 0
+    while done < len(items):
+        try:
+            yield work(items[done : done + size])
+            done += size
+            continue
+        except RuntimeError as error:
+            if size == 1 or not memory_is_full(error):
+                raise
+        # outside of this block the error no longer holds the work's tensors
+        torch.cuda.empty_cache()
+        size = (size + 1) // 2
 
 
 @dataclass(frozen=True)
@@ -780,7 +811,9 @@ def ask_model(
 ) -> Answers:
     """Samples of a Hugging Face model, causal or seq2seq, on this machine; UserError if it cannot
     be used."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = gpu_or_cpu(options.device)
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(False)  # on a GPU many models' sampling (top-p) has none
     try:
         seq2seq = transformers.AutoConfig.from_pretrained(
             name, trust_remote_code=False
@@ -802,8 +835,8 @@ def ask_model(
         if bare and not seq2seq:  # a base model goes on with a question of its own
             how |= {"stop_strings": ["\nQuestion:", "\n\n"], "tokenizer": tokenizer}
         longest = getattr(model.config, "max_position_embeddings", None) or math.inf
-        for i in range(0, len(requests), TEACHER_BATCH[device]):
-            batch = requests[i : i + TEACHER_BATCH[device]]
+
+        def answers(batch: list[Request]) -> list[tuple[Request, str, str]]:
             texts = [as_chat(tokenizer, chat(example)) for example, _ in batch]
             inputs = tokenizer(
                 texts,
@@ -819,13 +852,21 @@ def ask_model(
             output = model.generate(**inputs, **how, max_new_tokens=options.max_tokens)
             output = output[:, 0 if seq2seq else length :]  # (questions, tokens)
             texts = tokenizer.batch_decode(output, skip_special_tokens=True)
+            found = []
             for request, text, ids in zip(batch, texts, output.tolist()):
                 ended = len(ids) < options.max_tokens or ids[-1] in tokenizer.all_special_ids
-                yield request, text, "" if ended else "length"
+                found.append((request, text, "" if ended else "length"))
+            return found
+
+        size = TEACHER_BATCH // 4 if device == "cpu" else TEACHER_BATCH
+        for batch in in_batches(requests, size, answers):
+            yield from batch
     except Exception as error:  # noqa: BLE001 - a model made elsewhere can fail in any way
         raise UserError(
             f"--teacher {name} cannot be used ({first_line(error)}); an API's model is api:{name}."
         )
+    finally:
+        torch.use_deterministic_algorithms(deterministic)
 
 
 def check_api_base(base: str) -> None:

@@ -12,6 +12,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 # one thread: on calls as short as the tests' a second one costs more than it brings
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# torch looks for it once, at a GPU's first matrix product, which a test may make before a student
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 os.environ.setdefault("QCRD_CACHE", tempfile.mkdtemp(prefix="qcrd-tests-"))
 REAL_DATA = ROOT.parent / "shared" / "data"
 

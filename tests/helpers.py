@@ -38,6 +38,20 @@ def make_options(**changes: Any) -> Options:
     return Options(**(qcrd.presets(method, "t5") | small | changes))
 
 
+class Full:
+    """In place of a function: memory runs out in one of its calls, or in all of them."""
+
+    def __init__(self, function: Any, call: int | None, error: Exception | None = None) -> None:
+        self.function, self.call, self.calls = function, call, 0
+        self.error = error or torch.OutOfMemoryError("CUDA out of memory")
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.calls += 1
+        if self.call is None or self.calls == self.call:
+            raise self.error
+        return self.function(*args, **kwargs)
+
+
 @functools.cache
 def tokenizer() -> Any:
     return data.tiny_tokenizer(random.Random(0))

@@ -34,7 +34,7 @@ from transformers import (
 import data
 from data import TASKS, Cache, UserError
 from tests.conftest import ROOT
-from tests.helpers import make_options, tokenizer
+from tests.helpers import Full, make_options, tokenizer
 
 KEY = "sk-this-must-never-be-written"
 KILLS = int(os.environ.get("QCRD_KILLS", "4"))  # 20 takes two minutes
@@ -385,6 +385,60 @@ def test_a_local_model_is_sampled_in_batches(tmp_path, monkeypatch, kind):
     (folder / "config.json").write_text((folder / "config.json").read_text() + " ")
     found = data.sampled(cache, examples, 3, str(folder), chat, options)
     assert set(found.values()) == {"other words"}
+
+
+@pytest.mark.parametrize("most", [1, 3])
+def test_a_local_model_whose_memory_runs_out_is_asked_less_at_once(tmp_path, monkeypatch, most):
+    save_causal(tmp_path, chat=False)
+    generate, sizes = GPT2LMHeadModel.generate, []
+
+    def bounded(self: Any, **how: Any) -> Any:
+        sizes.append(len(how["input_ids"]))
+        if len(how["input_ids"]) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return generate(self, **how)
+
+    monkeypatch.setattr(GPT2LMHeadModel, "generate", bounded)
+    requests = [(e, n) for e in data.toy_splits()["train"][:9] for n in range(2)]
+    ask = functools.partial(data.ask, TASKS["toy"])
+    found = list(data.ask_model(requests, ask, str(tmp_path), make_options(max_tokens=4)))
+    assert [request for request, _, _ in found] == requests  # each once and in its place
+    tried = [16, 8, 4, 2] if most == 3 else [16, 8, 4, 2, 1]
+    assert sizes == tried[:-1] + [tried[-1]] * (18 // tried[-1])  # what fits is kept
+
+
+def test_a_local_model_of_which_one_question_is_too_much_cannot_be_used(tmp_path, monkeypatch):
+    save_causal(tmp_path, chat=False)
+    monkeypatch.setattr(GPT2LMHeadModel, "generate", Full(None, None))
+    requests = [(e, 0) for e in data.toy_splits()["train"][:3]]
+    ask = functools.partial(data.ask, TASKS["toy"])
+    with pytest.raises(UserError, match="--teacher .* cannot be used .*out of memory"):
+        list(data.ask_model(requests, ask, str(tmp_path), make_options(max_tokens=4)))
+
+
+def test_a_local_model_samples_by_any_algorithm_on_the_device_of_the_student(tmp_path, monkeypatch):
+    save_causal(tmp_path, chat=False)
+    generate, seen = GPT2LMHeadModel.generate, []
+
+    def spy(self: Any, **how: Any) -> Any:
+        seen.append((str(self.device), torch.are_deterministic_algorithms_enabled()))
+        return generate(self, **how)
+
+    monkeypatch.setattr(GPT2LMHeadModel, "generate", spy)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # and yet --device says cpu
+    requests = [(e, 0) for e in data.toy_splits()["train"][:3]]
+    ask = functools.partial(data.ask, TASKS["toy"])
+    options = make_options(max_tokens=4, device="cpu")
+    # sampling by top-p adds up floats, for which torch has no deterministic algorithm on a GPU
+    torch.use_deterministic_algorithms(True)
+    try:
+        list(data.ask_model(requests, ask, str(tmp_path), options))
+        assert seen == [("cpu", False)] and torch.are_deterministic_algorithms_enabled()
+        with pytest.raises(UserError):
+            list(data.ask_model(requests, ask, str(tmp_path / "nowhere"), options))
+        assert torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def test_several_teachers_are_pooled(tmp_path, monkeypatch):
