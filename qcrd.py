@@ -42,6 +42,7 @@ if __name__ == "__main__":  # Ctrl-C while torch is loaded ends without a traceb
 import json
 import math
 import os
+import platform
 import random
 import re
 import shutil
@@ -429,7 +430,8 @@ GROUP_FLOATS_CPU = 2**18  # their tokens times the model's width: as many as sta
 MICRO_BATCH_TOKENS = 6144  # tokens of the questions and rationales in a backward pass
 # A CPU does not tell that memory runs out: there a student larger than T5-small has fewer tokens.
 T5_SMALL = 61_000_000  # parameters
-WRITE_TOKENS = 32768  # tokens of the inputs that are answered at once
+# Tokens of the inputs that are answered at once; with what is written, up to three times as many.
+WRITE_TOKENS = 32768
 LEAST_ROOM = 1 / 512  # with it a piece is a single question, or a few short ones
 
 
@@ -444,13 +446,15 @@ class Student:
         on_gpu = self.device.type == "cuda"
         self.bf16 = options.precision == "bf16"
         if options.precision == "auto" and on_gpu:
-            self.bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+            with torch.cuda.device(self.device):
+                self.bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
         self.autocast = partial(torch.autocast, self.device.type, torch.bfloat16, self.bf16)
         width = model.get_input_embeddings().weight.shape[1]
         self.group_tokens = GROUP_TOKENS_GPU if on_gpu else max(64, GROUP_FLOATS_CPU // width)
         larger = 1 if on_gpu else max(1, model.num_parameters() / T5_SMALL)
         self.micro_batch_tokens = MICRO_BATCH_TOKENS / larger
-        self.room = 1.0  # the share of these sizes that fits into memory
+        self.write_tokens = WRITE_TOKENS / larger
+        self.room = {"training": 1.0, "writing": 1.0}  # the share of these that fits into memory
         # each text is tokenized once: small students would spend a sixth of a step on it
         self.ids = lru_cache(200_000)(self.tokenize)
 
@@ -502,7 +506,7 @@ class Student:
         l, rows = torch.zeros(len(targets), device=self.device), self.tensor(row)
         ids = [self.ids(text, self.max_target) for text in targets]
         with self.autocast():  # around all groups: inside it the weights turn to bf16 once
-            for which, labels in self.groups(ids, self.group_tokens):
+            for which, labels in self.groups(ids, self.room["training"] * self.group_tokens):
                 logits = self.logits(encoded, rows[which], labels)  # (group, L, V)
                 of_token = cross_entropy(
                     logits.flatten(0, 1), labels.flatten(), reduction="none"
@@ -510,16 +514,18 @@ class Student:
                 l[which] = of_token.sum(1) / (labels != -100).sum(1)
         return l
 
-    def groups(self, ids: list[Tensor], tokens: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def groups(
+        self, ids: list[Tensor], tokens: float, least: float = 1
+    ) -> Iterator[tuple[Tensor, Tensor]]:
         """Rows of token ids in groups of like length, of so many tokens: which rows (group,), and
-        the rows themselves (group, L)."""
+        the rows themselves (group, L). A row counts as `least` tokens or more."""
         if not ids:
             return
         order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
         which, labels, first = self.tensor(order), self.padded([ids[i] for i in order]), 0
         while first < len(ids):
             longest = len(ids[order[first]])
-            last = first + max(1, int(self.room * tokens / longest))
+            last = first + max(1, int(tokens / max(longest, least)))
             yield which[first:last], labels[first:last, :longest]
             first = last
 
@@ -540,26 +546,30 @@ class Student:
         targets = sum(len(self.ids(r.text, self.max_target)) for r in rationales)
         most = self.micro_batch or len(questions)
         tokens = inputs * longest + targets / len(questions)  # of a question
-        size = max(1, int(self.room * min(most, self.micro_batch_tokens / tokens)))
+        size = max(1, int(self.room["training"] * min(most, self.micro_batch_tokens / tokens)))
         for first in range(0, len(questions), size):
             those = [r for r in rationales if first <= r.row < first + size]
             yield questions[first : first + size], [replace(r, row=r.row - first) for r in those]
 
-    def fit(self, work: Callable, *args: Any) -> Any:
-        """work(*args); where the GPU's memory runs out, again in pieces of half the size."""
+    def fit(self, work: Callable, *args: Any, part: str = "training") -> Any:
+        """work(*args); where memory runs out, again in pieces of half the size, as then is all that
+        is this part of a run."""
         while True:
             try:
                 return work(*args)
-            except torch.OutOfMemoryError:
-                pass  # outside of this block the error no longer holds the work's tensors
+            except RuntimeError as error:
+                if not data.memory_is_full(error):
+                    raise
+            # outside of this block the error no longer holds the work's tensors
             torch.cuda.empty_cache()
-            if self.room <= LEAST_ROOM:
+            if self.room[part] <= LEAST_ROOM:
                 raise UserError(
-                    "a question is too long for the GPU: use a smaller --student or --max-input."
+                    "a question is too long for this memory: use a smaller --student or"
+                    " --max-input."
                 )
-            if self.room == 1:
-                tqdm.write("The GPU's memory is full: going on in smaller pieces (--micro-batch).")
-            self.room /= 2
+            if self.room[part] == 1:
+                tqdm.write(f"Memory is full: {part} goes on in smaller pieces.")
+            self.room[part] /= 2
 
     def write(
         self, inputs: list[str], desc: str, limit: int = 0, temperature: float = 0
@@ -577,7 +587,8 @@ class Student:
             texts = [""] * len(ids)
             bar = tqdm(total=len(ids), desc=desc, unit="question", leave=False)
             with without_dropout(self.model), self.autocast(), bar:
-                for which, labels in self.groups(ids, WRITE_TOKENS):
+                tokens = self.room["writing"] * self.write_tokens
+                for which, labels in self.groups(ids, tokens, limit / 2):
                     batch = self.inputs(labels)
                     output = self.model.generate(**batch, **how, max_new_tokens=limit)
                     some = self.tokenizer.batch_decode(output, skip_special_tokens=True)
@@ -586,7 +597,7 @@ class Student:
                     bar.update(len(some))
             return texts
 
-        return self.fit(write_all)
+        return self.fit(write_all, part="writing")
 
 
 def make_discriminator(student: Student, options: Options) -> Discriminator | None:
@@ -663,9 +674,9 @@ def score(
     limit = student.max_input
     ids = [student.ids(questions[r.row].example.input, limit, r.text) for r in rationales]
     scores = torch.zeros(len(ids), device=student.device)
+    tokens = 4 * student.room["training"] * student.group_tokens  # an encoder has no logits
     with student.autocast():
-        # four times a decoder's tokens: an encoder has no logits
-        for which, labels in student.groups(ids, 4 * student.group_tokens):
+        for which, labels in student.groups(ids, tokens):
             scores[which] = disc(**student.inputs(labels))
     return scores
 
@@ -866,6 +877,7 @@ def clip_and_step(optimizer: torch.optim.Optimizer) -> None:
     """One step of AdamW on the gradients that have gathered, clipped at norm 1."""
     clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0)
     optimizer.step()
+    optimizer.zero_grad()  # what is written between the rounds has use for their memory
 
 
 def disc_questions(questions: list[Question], options: Options, step: int) -> list[Question]:
@@ -1143,9 +1155,7 @@ def table_row(row: dict[str, Any]) -> str:
 
 def device_of(options: Options) -> str:
     """The device to train on. On a GPU the same seed gives the same weights, too."""
-    device = options.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = data.gpu_or_cpu(options.device)
     if device.startswith("cuda"):
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS needs for it
         if os.name != "nt":  # Windows has none and warns of it
@@ -1153,9 +1163,16 @@ def device_of(options: Options) -> str:
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     try:
-        torch.zeros(1, device=device).item()
+        tried = torch.zeros(1, device=device)
+        tried.item()
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {options.device} cannot be used: {first_line(error)}")
+    windows = os.name == "nt" or "microsoft" in platform.release()  # or Linux under Windows
+    if windows and tried.is_cuda:
+        # there a driver goes on in the computer's memory, slowly, and never says that it is full
+        free, total = torch.cuda.mem_get_info(tried.device)
+        free += torch.cuda.memory_reserved(tried.device)
+        torch.cuda.set_per_process_memory_fraction(0.9 * free / total, tried.device)
     return device
 
 
@@ -1175,7 +1192,9 @@ def load_student(name: str, options: Options) -> Student:
         model: Any = AutoModelForSeq2SeqLM.from_pretrained(place, **how)
         student = Student(model.to(device).train(), tokenizer, options)
         try_student(student)
-    except Exception as error:  # noqa: BLE001 - a model made elsewhere can fail in any way
+    except Exception as error:  # a model made elsewhere can fail in any way
+        if data.memory_is_full(error):
+            raise
         raise UserError(
             f"--student {name} cannot be trained as a seq2seq model: {first_line(error)}"
         )
@@ -1340,13 +1359,15 @@ def load_checkpoint(
         with zipfile.ZipFile(path) as file:
             if file.testzip():  # checksums of all that it holds
                 raise ValueError("its checksums are wrong")
-        state = torch.load(path, map_location=student.device, weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
         for name, part in parts_of(student, disc, optimizers).items():
             part.load_state_dict(state[name])
-        student.room = state["room"]
+        student.room = dict(state["room"])
         rounds, written = list(state["rounds"]), dict(state["written"])
         print(f"Going on from round {len(rounds)}.")
-    except Exception as error:  # noqa: BLE001 - a damaged file can fail in any way
+    except Exception as error:  # a damaged file can fail in any way
+        if data.memory_is_full(error):
+            raise
         raise UserError(
             f"{path} is damaged or of another version ({first_line(error)}): start afresh with"
             " --overwrite."
@@ -1628,8 +1649,10 @@ def run_command(command: Callable[[], Any]) -> None:
         return
     except UserError as error:
         said = f"error: {error}"
-    except torch.OutOfMemoryError:
-        said = "error: the GPU's memory is full: use a smaller --student or --batch-size."
+    except RuntimeError as error:
+        if not data.memory_is_full(error):
+            raise
+        said = "error: memory is full: use a smaller --student, or close other programs."
     except KeyboardInterrupt:
         for number in (signal.SIGINT, signal.SIGTERM):  # what follows is short
             signal.signal(number, signal.SIG_IGN)

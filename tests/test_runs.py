@@ -571,14 +571,17 @@ def test_ctrl_c_is_a_signal_too_and_after_overwrite_the_sentence_says_to_leave_i
         assert ("--overwrite" in err) == says
 
 
-def test_a_full_gpu_is_one_sentence_that_names_the_options(capsys):
-    def full() -> None:
-        raise torch.OutOfMemoryError
+def test_full_memory_is_one_sentence_and_another_error_of_torch_is_none(capsys):
+    def fails(error: Exception) -> None:
+        raise error
 
-    with pytest.raises(SystemExit) as stop:
-        qcrd.run_command(full)
-    err = capsys.readouterr().err
-    assert stop.value.code == 2 and "--batch-size" in err and err.count("\n") == 1
+    for full in (torch.OutOfMemoryError(), RuntimeError("CUDA error: out of memory\nand so on")):
+        with pytest.raises(SystemExit) as stop:
+            qcrd.run_command(lambda error=full: fails(error))
+        err = capsys.readouterr().err
+        assert stop.value.code == 2 and "--student" in err and err.count("\n") == 1
+    with pytest.raises(RuntimeError, match="device-side"):
+        qcrd.run_command(lambda: fails(RuntimeError("CUDA error: device-side assert")))
 
 
 def test_a_damaged_checkpoint_is_one_sentence(unfinished, student, tmp_path, small_toy):

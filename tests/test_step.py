@@ -3,6 +3,7 @@ what happens where memory runs out."""
 
 import functools
 import random
+import re
 from copy import deepcopy
 from dataclasses import replace
 from typing import Any
@@ -29,7 +30,7 @@ from qcrd import (
     shares,
     student_losses,
 )
-from tests.helpers import make_options, small_models, small_student
+from tests.helpers import Full, make_options, small_models, small_student
 
 EVERY_SCHEME = ["minmax", "maxmin", "sampling", "mean", "wmean"]
 
@@ -303,7 +304,9 @@ def test_on_a_cpu_a_larger_student_has_fewer_tokens_in_a_backward_pass(monkeypat
     assert small_student(make_options()).micro_batch_tokens == 6144
     parameters = sum(p.numel() for p in small_student(make_options()).model.parameters())
     monkeypatch.setattr(qcrd, "T5_SMALL", parameters / 3)
-    assert small_student(make_options()).micro_batch_tokens == pytest.approx(2048)
+    student = small_student(make_options())
+    assert student.micro_batch_tokens == pytest.approx(2048)
+    assert student.write_tokens == pytest.approx(32768 / 3)
 
 
 def test_a_step_is_eq_8_with_the_decay_of_alpha_3_and_mis_loss():
@@ -333,8 +336,14 @@ def test_the_gradients_of_student_and_discriminator_are_clipped_apart_at_norm_1(
         for parameter in model.parameters():
             parameter.grad = torch.full_like(parameter, size)
     for name, model in (("student", student.model), ("disc", disc)):
-        qcrd.clip_and_step(optimizers[name])
-        norm = torch.cat([p.grad.flatten() for p in model.parameters()]).norm().item()
+        norms: list[float] = []
+
+        def seen(_: Any, model: Any = model, norms: list = norms) -> None:
+            norms.append(torch.cat([p.grad.flatten() for p in model.parameters()]).norm().item())
+
+        with mock.patch.object(qcrd.AdamW, "step", seen):
+            qcrd.clip_and_step(optimizers[name])
+        (norm,) = norms
         whole = sum(p.numel() for p in model.parameters()) ** 0.5
         assert norm == pytest.approx(min(1.0, whole * {"student": 1e4, "disc": 1e-4}[name]), 1e-3)
 
@@ -514,22 +523,9 @@ def test_a_step_in_bf16_gives_every_parameter_the_gradient_of_fp32_but_for_round
 # Memory
 
 
-class Full:
-    """In place of a function: memory runs out in one of its calls, or in all of them."""
-
-    def __init__(self, function: Any, call: int | None) -> None:
-        self.function, self.call, self.calls = function, call, 0
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        self.calls += 1
-        if self.call is None or self.calls == self.call:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return self.function(*args, **kwargs)
-
-
 def assert_said_once(capsys: pytest.CaptureFixture[str]) -> None:
     lines = [line for line in capsys.readouterr().out.splitlines() if line.strip()]
-    assert len(lines) == 1 and "memory" in lines[0] and "--micro-batch" in lines[0], lines
+    assert len(lines) == 1 and re.search("Memory is full: .* smaller pieces", lines[0]), lines
 
 
 IN_A_STEP = [
@@ -554,7 +550,7 @@ def test_a_step_whose_memory_runs_out_goes_on_in_halves_and_ends_the_same(
     found, same = train_one_step(options, models=models)
     assert_equal_gradients(found, expected, 1e-6)
     assert same == pytest.approx(metrics, abs=1e-5)
-    assert full.calls > call and models[0].room == 0.5
+    assert full.calls > call and models[0].room == {"training": 0.5, "writing": 1}
     parts = models[0].micro_batches(a_batch()[0], [], 2)
     assert [len(some) for some, _ in parts] == [2, 2, 2]
     assert_said_once(capsys)
@@ -600,12 +596,140 @@ def test_writing_whose_memory_runs_out_gives_the_same_texts_in_smaller_pieces(mo
     expected = student.write(inputs, "x", 12)
     assert len(set(expected)) > 1
     longest = max(len(student.ids(text, 1024)) for text in inputs)
-    monkeypatch.setattr(qcrd, "WRITE_TOKENS", len(inputs) * longest)
+    student.write_tokens = len(inputs) * longest
     full = Full(student.model.generate, 1)
     monkeypatch.setattr(student.model, "generate", full)
     assert student.write(inputs, "x", 12) == expected
     assert full.calls > 2  # all, then halves
+    assert student.room == {"training": 1, "writing": 0.5}  # training needs other memory
     assert_said_once(capsys)
+
+
+def test_what_is_written_counts_in_what_is_answered_at_once():
+    student = small_student(make_options())
+    sizes = []
+
+    def generate(input_ids: torch.Tensor, max_new_tokens: int, **_: Any) -> torch.Tensor:
+        sizes.append((*input_ids.shape, max_new_tokens))
+        return input_ids
+
+    inputs = [f"explain: {' a' * (i % 5)}" for i in range(100)]
+    lengths = [len(student.ids(text, 1024)) for text in inputs]
+    for student.write_tokens, limit in ((10**9, 30), (60, 4), (60, 20), (60, 60)):
+        sizes.clear()
+        with mock.patch.object(student.model, "generate", generate):
+            student.write(inputs, "x", limit)
+        assert sum(rows for rows, _, _ in sizes) == 100
+        for rows, longest, written in sizes:
+            assert written == limit and longest <= max(lengths)
+            assert rows == 1 or rows * (longest + limit) <= 3 * student.write_tokens
+        if limit == 4:  # short texts: as many as their inputs allow
+            assert sizes[0][0] == 60 // max(lengths)
+        if limit == 20:
+            assert sizes[0][0] == 60 // max(10, max(lengths))
+        if limit == 60:
+            assert {rows for rows, _, _ in sizes} == {2}
+
+
+def test_a_step_and_the_pretraining_leave_no_gradients_in_memory():
+    options = make_options(disc_steps=1)
+    student, disc = small_models(options)
+    optimizers = qcrd.make_optimizers(student, disc, options)
+    before = [p.clone() for p in disc.parameters()]
+    qcrd.pretrain_disc(student, disc, a_batch()[0], optimizers["disc"], options)
+    assert not all(map(torch.equal, before, disc.parameters()))
+    assert all(p.grad is None for p in disc.parameters())
+    before = [p.clone() for p in student.model.parameters()]
+    qcrd.train_step(student, disc, optimizers, *a_batch(), 0, 0, options)
+    assert not all(map(torch.equal, before, student.model.parameters()))
+    assert all(p.grad is None for p in [*student.model.parameters(), *disc.parameters()])
+
+
+FULL = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB."),
+    RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be reported later"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    RuntimeError(
+        "[enforce fail at alloc_cpu.cpp:124] . DefaultCPUAllocator: can't allocate memory"
+    ),
+]
+
+
+@pytest.mark.parametrize("error", FULL)
+def test_whatever_torch_calls_full_memory_a_step_goes_on(monkeypatch, capsys, error):
+    options = make_options()
+    models = small_models(options)
+    monkeypatch.setattr(qcrd, "student_losses", Full(qcrd.student_losses, 1, error))
+    train_one_step(options, models=models)
+    assert models[0].room["training"] == 0.5
+    assert_said_once(capsys)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("CUDA error: device-side assert"), KeyError("a")])
+def test_another_error_of_a_step_is_not_taken_for_full_memory(monkeypatch, error):
+    options = make_options()
+    models = small_models(options)
+    monkeypatch.setattr(qcrd, "student_losses", Full(qcrd.student_losses, 1, error))
+    with pytest.raises(type(error)):
+        train_one_step(options, models=models)
+    assert models[0].room["training"] == 1
+
+
+def test_memory_that_is_full_on_loading_is_not_called_damage(tmp_path, monkeypatch):
+    options = make_options()
+    student, disc = small_models(options)
+    optimizers = qcrd.make_optimizers(student, disc, options)
+    qcrd.save_checkpoint(tmp_path, student, disc, optimizers, [{"round": 0}], {})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "load", Full(torch.load, None))
+        with pytest.raises(torch.OutOfMemoryError):
+            qcrd.load_checkpoint(tmp_path, student, disc, optimizers)
+    monkeypatch.setattr(qcrd, "try_student", Full(qcrd.try_student, None))
+    student.model.save_pretrained(tmp_path)
+    student.tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(torch.OutOfMemoryError):
+        qcrd.load_student(str(tmp_path), options)
+
+
+@pytest.mark.parametrize("release", ["5.15.167.4-microsoft-standard-WSL2", "6.8.0-45-generic"])
+def test_under_windows_a_gpus_driver_may_not_go_on_in_the_computers_memory(monkeypatch, release):
+    device = torch.device("cuda", 1)
+    on_gpu = mock.Mock(device=device, is_cuda=True)
+    limited = mock.Mock()
+    monkeypatch.setattr(torch, "zeros", lambda *_, **__: on_gpu)
+    monkeypatch.setattr(torch, "use_deterministic_algorithms", mock.Mock())
+    monkeypatch.setattr(torch.cuda, "mem_get_info", {device: (5e9, 8e9)}.__getitem__)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", {device: 1e9}.__getitem__)
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", limited)
+    monkeypatch.setattr(qcrd.platform, "release", lambda: release)
+    assert qcrd.device_of(make_options(device="cuda:1")) == "cuda:1"
+    if "WSL" in release:  # nine tenths of the 5 GB that are free and of the 1 GB that is its own
+        limited.assert_called_once_with(pytest.approx(0.675), device)
+    else:
+        limited.assert_not_called()
+
+
+def test_it_is_the_students_gpu_that_is_asked_for_bf16(monkeypatch):
+    asked: list[Any] = []
+
+    class Current:
+        def __init__(self, device: Any) -> None:
+            self.device = device
+
+        def __enter__(self) -> None:
+            asked.append(self.device)
+
+        def __exit__(self, *_: object) -> None:
+            asked.append(None)
+
+    def supported(including_emulation: bool) -> bool:
+        return not including_emulation and asked == [torch.device("cuda:1")]
+
+    monkeypatch.setattr(torch.cuda, "device", Current)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
+    model = mock.Mock(device=torch.device("cuda:1"))
+    model.get_input_embeddings().weight = torch.zeros(4, 4)
+    assert Student(model, None, make_options(precision="auto")).bf16
 
 
 def test_with_a_quarter_of_the_room_there_are_four_times_as_many_passes(monkeypatch):
@@ -619,7 +743,7 @@ def test_with_a_quarter_of_the_room_there_are_four_times_as_many_passes(monkeypa
     passes = Full(student.logits, 0)  # never full
     monkeypatch.setattr(student, "logits", passes)
     counts = []
-    for student.room in (1, 1 / 4):  # 4 micro-batches, and not each in 4 groups
+    for student.room["training"] in (1, 1 / 4):  # 4 micro-batches, and not each in 4 groups
         passes.calls = 0
         for some, those in student.micro_batches(questions, chosen, inputs=2):
             student_losses(student, some, those, options)
@@ -632,13 +756,13 @@ def test_after_memory_ran_out_once_the_rest_of_the_run_uses_less_and_a_resumed_o
 ):
     options = make_options()
     student, disc = small_models(options)
-    student.room = 0.25
+    student.room = {"training": 0.25, "writing": 0.5}
     optimizers = qcrd.make_optimizers(student, disc, options)
     qcrd.save_checkpoint(tmp_path, student, disc, optimizers, [{"round": 0}], {})
     resumed, disc = small_models(options)
     optimizers = qcrd.make_optimizers(resumed, disc, options)
     qcrd.load_checkpoint(tmp_path, resumed, disc, optimizers)
-    assert resumed.room == 0.25
+    assert resumed.room == student.room
 
 
 @pytest.mark.parametrize("name", ["explain_losses", "student_losses", "score", "generate"])
