@@ -4,8 +4,11 @@ what happens where memory runs out."""
 import functools
 import random
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -662,6 +665,43 @@ def test_whatever_torch_calls_full_memory_a_step_goes_on(monkeypatch, capsys, er
     monkeypatch.setattr(qcrd, "student_losses", Full(qcrd.student_losses, 1, error))
     train_one_step(options, models=models)
     assert models[0].room["training"] == 0.5
+    assert_said_once(capsys)
+
+
+@contextmanager
+def at_most(more: float) -> Iterator[None]:
+    """Inside, the process may allocate so many bytes more than it has."""
+    resource = pytest.importorskip("resource")  # Windows has none
+    if not Path("/proc/self/status").exists():
+        pytest.skip("only Linux tells how much a process has, and keeps it to a limit")
+    found = re.search(r"VmData:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found
+    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    resource.setrlimit(resource.RLIMIT_DATA, (1024 * int(found[1]) + int(more), hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
+
+
+def test_where_memory_does_run_out_a_step_ends_the_same(capsys):
+    options = make_options(device="cpu")
+    long = "a " * 700
+    questions = [Question(data.Example(str(i), long, "b"), "b", ["c"], ["d"]) for i in range(16)]
+    found = []
+    for more in (1e10, 2e8):
+        student, disc = small_models(options)
+        student.micro_batch_tokens = 1e9
+        optimizers = qcrd.make_optimizers(student, disc, options)
+        with at_most(more), mock.patch.object(qcrd, "clip_and_step"):
+            metrics = qcrd.train_step(student, disc, optimizers, questions, {}, 0, 0, options)
+        grads = {n: p.grad for n, p in student.model.named_parameters() if p.grad is not None}
+        grads |= {f"disc.{n}": p.grad for n, p in disc.named_parameters() if p.grad is not None}
+        found.append((student.room["training"], grads, metrics))
+    (whole, expected, metrics), (room, grads, same) = found
+    assert whole == 1 and room < 1
+    assert_equal_gradients(grads, expected, 1e-5)
+    assert same == pytest.approx(metrics, abs=1e-5)
     assert_said_once(capsys)
 
 
