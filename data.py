@@ -76,7 +76,8 @@ def gpu_or_cpu(device: str) -> str:
 
 def memory_is_full(error: Exception) -> bool:
     """Whether an error says so, of a GPU or of the computer: torch has several for it."""
-    signs = ("out of memory", "ALLOC_FAILED", "allocate memory", "not enough memory")
+    signs = ["out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUBLAS_STATUS_NOT_INITIALIZED"]
+    signs += ["allocate memory", "not enough memory"]
     known = isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
     return known or isinstance(error, torch.OutOfMemoryError)
 
@@ -862,9 +863,10 @@ def ask_model(
         for batch in in_batches(requests, size, answers):
             yield from batch
     except Exception as error:  # noqa: BLE001 - a model made elsewhere can fail in any way
-        raise UserError(
-            f"--teacher {name} cannot be used ({first_line(error)}); an API's model is api:{name}."
-        )
+        mend = f"an API's model is api:{name}"
+        if memory_is_full(error):
+            mend = "name a smaller one, or use --device cpu until its samples are there"
+        raise UserError(f"--teacher {name} cannot be used ({first_line(error)}); {mend}.")
     finally:
         torch.use_deterministic_algorithms(deterministic)
 

@@ -74,12 +74,15 @@ class Options:
         [], "Any of: methods, ablation, quality, noise, schemes, negatives, disc, labels, size."
     )
     seeds: int = option(5, "The seeds of a study: 0, 1, and so on.")
-    jobs: int = option(2, "How many runs of a study go on side by side.")
+    jobs: int | None = option(
+        None, "How many runs of a study go on side by side: by default 2, on a GPU 1."
+    )
     options: str = option("", 'More options for all runs of a study, as in "--rounds 10".')
     plot: bool = option(False, "Draw the runs, or the studies.")
     judge: str = option("", "A chat model, or api:MODEL, to compare the rationales of two --runs.")
     pairs: int = option(50, "How many questions' rationales the judge compares.")
     temperature: float = option(0.0, "The temperature at which the judge answers.")
+    device: str = option("auto", "As in qcrd.py.")
     api_base: str = option("", "As in qcrd.py.")
     api_concurrency: int = option(8, "As in qcrd.py.")
     max_tokens: int = option(512, "As in qcrd.py.")
@@ -148,7 +151,7 @@ def load_run(
     else:
         own, student_path = options_of(path), path / "student"
     with reworded("--student", "--runs"):
-        student = qcrd.load_student(str(student_path), own)
+        student = qcrd.load_student(str(student_path), replace(own, device=options.device))
     disc = qcrd.make_discriminator(student, own)
     if disc:
         weights = path / "discriminator.safetensors"
@@ -455,13 +458,13 @@ def result_of(run: Run) -> dict[str, float]:
     return read_object(run.out / "result.json")
 
 
-def start(run: Run) -> subprocess.Popen:
+def start(run: Run, device: str) -> subprocess.Popen:
     """Train a run in a process of its own."""
     run.out.mkdir(parents=True, exist_ok=True)
     with (run.out / "log.txt").open("w") as log:
         # a session of its own: Ctrl-C reaches this process alone, which then ends its runs
         return subprocess.Popen(
-            [sys.executable, qcrd.__file__, *run.words],
+            [sys.executable, qcrd.__file__, "--device", device, *run.words],
             stdout=log,
             stderr=log,
             start_new_session=True,
@@ -470,6 +473,8 @@ def start(run: Run) -> subprocess.Popen:
 
 def run_missing(runs: list[Run], options: Options) -> None:
     """Train what has no result yet, --jobs runs at a time, each on its share of the cores."""
+    # of two runs on one GPU each would have to do with the memory that the other leaves
+    jobs = options.jobs or (2 if data.gpu_or_cpu(options.device) == "cpu" else 1)
     waiting = []
     for run in runs:
         if result_of(run):
@@ -478,11 +483,11 @@ def run_missing(runs: list[Run], options: Options) -> None:
         else:
             waiting.append(run)
     print(
-        f"{len(runs)} runs, {len(waiting)} of them to be made, {options.jobs} at a time. How long"
+        f"{len(runs)} runs, {len(waiting)} of them to be made, {jobs} at a time. How long"
         " that takes stands right of the bar once one has ended."
     )
     if options.student != "tiny":  # which is trained on one thread
-        threads = max(1, (os.cpu_count() or 1) // options.jobs)
+        threads = max(1, (os.cpu_count() or 1) // jobs)
         os.environ.setdefault("OMP_NUM_THREADS", str(threads))
     # with tokenizers' own threads in each, two runs side by side took a fifth longer
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -491,9 +496,9 @@ def run_missing(runs: list[Run], options: Options) -> None:
         with tqdm(total=len(waiting), unit="run") as bar:
             while waiting or running:
                 made_now = [run.out for run in running.values()]
-                if waiting and len(running) < options.jobs and waiting[0].fixed_run not in made_now:
+                if waiting and len(running) < jobs and waiting[0].fixed_run not in made_now:
                     run = waiting.pop(0)
-                    running[start(run)] = run
+                    running[start(run, options.device)] = run
                 for process in [process for process in running if process.poll() is not None]:
                     run = running.pop(process)
                     if not result_of(run):
@@ -737,7 +742,8 @@ def judge(options: Options) -> Counter:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line."""
     options = Options(**qcrd.parse([Options], __doc__, argv))
-    if min(options.seeds, options.jobs, options.pairs, options.api_concurrency) < 1:
+    jobs = 1 if options.jobs is None else options.jobs
+    if min(options.seeds, jobs, options.pairs, options.api_concurrency) < 1:
         raise UserError("--seeds, --jobs, --pairs and --api-concurrency must be at least 1.")
     if options.study:
         studies(options)

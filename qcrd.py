@@ -562,6 +562,7 @@ class Student:
                     raise
             # outside of this block the error no longer holds the work's tensors
             torch.cuda.empty_cache()
+            torch.manual_seed(torch.initial_seed())  # wherever it ran out, the same is drawn
             if self.room[part] <= LEAST_ROOM:
                 raise UserError(
                     "a question is too long for this memory: use a smaller --student or"
@@ -1156,9 +1157,10 @@ def table_row(row: dict[str, Any]) -> str:
 def device_of(options: Options) -> str:
     """The device to train on. On a GPU the same seed gives the same weights, too."""
     device = data.gpu_or_cpu(options.device)
+    windows = os.name == "nt" or "microsoft" in platform.release()  # or Linux under Windows
     if device.startswith("cuda"):
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS needs for it
-        if os.name != "nt":  # Windows has none and warns of it
+        if not windows:  # which has none, or drivers that fail at them
             os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
@@ -1166,13 +1168,14 @@ def device_of(options: Options) -> str:
         tried = torch.zeros(1, device=device)
         tried.item()
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {options.device} cannot be used: {first_line(error)}")
-    windows = os.name == "nt" or "microsoft" in platform.release()  # or Linux under Windows
+        raise UserError(
+            f"--device {options.device} cannot be used ({first_line(error)}): try --device cpu."
+        )
     if windows and tried.is_cuda:
         # there a driver goes on in the computer's memory, slowly, and never says that it is full
         free, total = torch.cuda.mem_get_info(tried.device)
         free += torch.cuda.memory_reserved(tried.device)
-        torch.cuda.set_per_process_memory_fraction(0.9 * free / total, tried.device)
+        torch.cuda.set_per_process_memory_fraction(0.8 * free / total, tried.device)
     return device
 
 
@@ -1229,6 +1232,8 @@ def try_student(student: Student) -> None:
         decoder_start_token_id=int(start),  # what it is trained to start with
         max_new_tokens=model.generation_config.max_new_tokens or student.max_target,
     )
+    student.nll(student.encode(["a"]), [0], ["a"]).sum().backward()
+    model.zero_grad()
     with without_dropout(model):  # an input as long as any
         student.nll(student.encode(["a " * student.max_input]), [0], ["a"])
     student.write(["explain: a"], "trying", limit=2)

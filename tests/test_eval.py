@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -476,9 +477,10 @@ def place(tmp_path, monkeypatch) -> Path:
 
 def test_a_study_runs_what_is_missing_and_goes_on(student, place, capsys):
     command = ["--study", "labels", "--seeds", "1", "--student", student, "--options", STUDY]
-    evaluation.main(command)
+    evaluation.main([*command, "--device", "cpu"])
     out = capsys.readouterr().out
     assert "3 runs, 3 of them to be made, 2 at a time" in out
+    assert all("Device: cpu" in log.read_text() for log in place.rglob("log.txt"))
     results = sorted(place.rglob("result.json"))
     assert len(results) == 3
     files = {path.suffix: path for path in (place / "runs/studies/toy").glob("*-labels.*")}
@@ -514,6 +516,14 @@ def test_runs_of_a_study_share_the_cores_but_for_tiny_which_has_one_thread(
     assert os.environ.get("OMP_NUM_THREADS") == set_to
 
 
+def test_on_a_gpu_one_run_of_a_study_goes_on_at_a_time(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for options in ({}, {"device": "cpu"}, {"jobs": 3}):
+        evaluation.run_missing([], evaluation.Options(**options))
+    said = re.findall(r"(\d) at a time", capsys.readouterr().out)
+    assert said == ["1", "2", "3"]
+
+
 def test_a_study_whose_run_fails_tells_where_it_says_why(student, place):
     wrong = ["--options", "--rounds -1"]
     with pytest.raises(UserError) as error:
@@ -525,6 +535,7 @@ def test_a_study_whose_run_fails_tells_where_it_says_why(student, place):
 def test_a_studys_runs_end_with_it(student, place):
     long = "--train-size 48 --rounds 9 --round-steps 500 --batch-size 8 --max-target 8"
     command = ["--study", "methods", "--seeds", "1", "--student", student, "--options", long]
+    command += ["--jobs", "2"]
     study = subprocess.Popen(
         [sys.executable, str(ROOT / "eval.py"), *command], stderr=subprocess.PIPE, text=True
     )
@@ -753,6 +764,20 @@ def test_a_judge_compares_two_runs_in_both_orders_and_asks_nothing_twice(two_run
     first_only = Server(answer=lambda text: "A")  # who always takes the first has no opinion
     judge(two_runs, first_only.url, "--temperature", "0.1")
     assert "{'tie': 4}" in capsys.readouterr().out and len(first_only.times) == 8
+
+
+def test_a_judge_on_this_machine_is_asked_on_the_device_that_is_named(two_runs, monkeypatch):
+    asked = []
+
+    def ask_model(requests: list, chat: Any, name: str, options: Any) -> Any:
+        asked.append((len(requests), name, options.device))
+        return ((request, "A", "") for request in requests)
+
+    monkeypatch.setattr(data, "ask_model", ask_model)
+    command = ["--judge", "a-model", "--pairs", "4", "--runs", *two_runs]
+    evaluation.main([*command, "--device", "cpu"])
+    evaluation.main([*command, "--temperature", "0.1"])
+    assert asked == [(8, "a-model", "cpu"), (8, "a-model", "auto")]
 
 
 def test_replies_that_cannot_be_read_are_no_ties_and_are_told(two_runs, capsys):

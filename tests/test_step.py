@@ -2,6 +2,7 @@
 what happens where memory runs out."""
 
 import functools
+import os
 import random
 import re
 from collections.abc import Iterator
@@ -608,6 +609,20 @@ def test_writing_whose_memory_runs_out_gives_the_same_texts_in_smaller_pieces(mo
     assert_said_once(capsys)
 
 
+def test_what_is_drawn_does_not_depend_on_where_memory_ran_out():
+    inputs = [f"explain: {q.example.input}" for q in a_batch()[0]]
+    texts = []
+    for call in (1, 2, 3):
+        student = small_student(make_options())
+        student.write_tokens = 2 * max(len(student.ids(text, 1024)) for text in inputs)
+        full = Full(student.model.generate, call)
+        torch.manual_seed(3)
+        with mock.patch.object(student.model, "generate", full):
+            texts.append(student.write(inputs, "x", 8, 1.5))
+        assert student.room["writing"] == 0.5 and full.calls > call
+    assert texts[0] == texts[1] == texts[2] and len(set(texts[0])) > 1
+
+
 def test_what_is_written_counts_in_what_is_answered_at_once():
     student = small_student(make_options())
     sizes = []
@@ -649,6 +664,7 @@ def test_a_step_and_the_pretraining_leave_no_gradients_in_memory():
 
 
 FULL = [
+    RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`"),
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB."),
     RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be reported later"),
     RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
@@ -736,6 +752,7 @@ def test_under_windows_a_gpus_driver_may_not_go_on_in_the_computers_memory(monke
     device = torch.device("cuda", 1)
     on_gpu = mock.Mock(device=device, is_cuda=True)
     limited = mock.Mock()
+    monkeypatch.setattr(os, "environ", {})
     monkeypatch.setattr(torch, "zeros", lambda *_, **__: on_gpu)
     monkeypatch.setattr(torch, "use_deterministic_algorithms", mock.Mock())
     monkeypatch.setattr(torch.cuda, "mem_get_info", {device: (5e9, 8e9)}.__getitem__)
@@ -743,10 +760,12 @@ def test_under_windows_a_gpus_driver_may_not_go_on_in_the_computers_memory(monke
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", limited)
     monkeypatch.setattr(qcrd.platform, "release", lambda: release)
     assert qcrd.device_of(make_options(device="cuda:1")) == "cuda:1"
-    if "WSL" in release:  # nine tenths of the 5 GB that are free and of the 1 GB that is its own
-        limited.assert_called_once_with(pytest.approx(0.675), device)
+    if "WSL" in release:  # four fifths of the 5 GB that are free and of the 1 GB that is its own
+        limited.assert_called_once_with(pytest.approx(0.6), device)
+        assert "PYTORCH_CUDA_ALLOC_CONF" not in os.environ  # its driver may fail at them
     else:
         limited.assert_not_called()
+        assert os.environ["PYTORCH_CUDA_ALLOC_CONF"] == "expandable_segments:True"
 
 
 def test_it_is_the_students_gpu_that_is_asked_for_bf16(monkeypatch):

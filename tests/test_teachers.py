@@ -412,7 +412,7 @@ def test_a_local_model_of_which_one_question_is_too_much_cannot_be_used(tmp_path
     monkeypatch.setattr(GPT2LMHeadModel, "generate", Full(None, None))
     requests = [(e, 0) for e in data.toy_splits()["train"][:3]]
     ask = functools.partial(data.ask, TASKS["toy"])
-    with pytest.raises(UserError, match="--teacher .* cannot be used .*out of memory"):
+    with pytest.raises(UserError, match="--teacher .* cannot be .*out of memory.*--device cpu"):
         list(data.ask_model(requests, ask, str(tmp_path), make_options(max_tokens=4)))
 
 
