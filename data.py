@@ -87,6 +87,7 @@ def in_batches(items: list, size: int, work: Callable[[list], Any]) -> Iterator[
     there on."""
     done = 0
     while done < len(items):
+        size = min(size, len(items) - done)
         try:
             yield work(items[done : done + size])
             done += size

@@ -2,8 +2,10 @@
 present."""
 
 import os
+import signal
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -23,3 +25,12 @@ def real_data() -> Path:
     if not REAL_DATA.is_dir():
         pytest.skip("real data is missing: no ../shared/data beside the checkout")
     return REAL_DATA
+
+
+@pytest.fixture(autouse=True)
+def signals() -> Iterator[None]:
+    """Each test finds them as they were: a command that was stopped ignores them from then on."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)

@@ -99,7 +99,7 @@ def refusal(capfd, *argv: str) -> str:
     started = time.monotonic()
     with pytest.raises((UserError, SystemExit)) as error:
         qcrd.main([*argv, "--out", "run"])
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < 30  # of which a GPU may take a few to start
     sentence = str(error.value)
     if error.type is SystemExit:  # argparse's own way: usage, then the sentence
         assert error.value.code == 2
@@ -471,7 +471,9 @@ def test_a_read_only_place_is_one_sentence(place, capfd):
         qcrd.main(["--student", "student", "--out", "file/run"])
 
 
-def test_from_the_shell_a_bad_input_is_one_line_and_exit_code_2(tmp_path):
+def test_from_the_shell_a_bad_input_is_one_line_and_exit_code_2(tmp_path, monkeypatch):
+    # set where a test before has used a GPU; torch 2.9 tells that the variable has a new name
+    monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF", raising=False)
     process = subprocess.run(
         [sys.executable, str(ROOT / "qcrd.py"), "--beta", "nan"],
         capture_output=True,

@@ -27,6 +27,7 @@ from tests.test_teachers import KEY, Server
 
 SMALL = ["--train-size", "48", "--rounds", "3", "--lag", "1", "--batch-size", "8"]
 SMALL += ["--disc-steps", "4", "--disc-every", "2", "--max-target", "24"]
+SMALL += ["--precision", "fp32"]  # on a GPU too, since figures are compared
 
 
 @pytest.fixture(scope="session")

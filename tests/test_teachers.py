@@ -387,6 +387,20 @@ def test_a_local_model_is_sampled_in_batches(tmp_path, monkeypatch, kind):
     assert set(found.values()) == {"other words"}
 
 
+def test_fewer_at_once_are_fewer_than_there_are():
+    sizes = []
+
+    def work(batch: list[int]) -> list[int]:
+        sizes.append(len(batch))
+        if len(batch) > 2:
+            raise torch.OutOfMemoryError
+        return batch
+
+    assert list(data.in_batches([1, 2, 3, 4, 5], 64, work)) == [[1, 2], [3, 4], [5]]
+    assert sizes == [5, 3, 2, 2, 1]
+    assert list(data.in_batches([], 64, work)) == []
+
+
 @pytest.mark.parametrize("most", [1, 3])
 def test_a_local_model_whose_memory_runs_out_is_asked_less_at_once(tmp_path, monkeypatch, most):
     save_causal(tmp_path, chat=False)
@@ -401,7 +415,8 @@ def test_a_local_model_whose_memory_runs_out_is_asked_less_at_once(tmp_path, mon
     monkeypatch.setattr(GPT2LMHeadModel, "generate", bounded)
     requests = [(e, n) for e in data.toy_splits()["train"][:9] for n in range(2)]
     ask = functools.partial(data.ask, TASKS["toy"])
-    found = list(data.ask_model(requests, ask, str(tmp_path), make_options(max_tokens=4)))
+    options = make_options(max_tokens=4, device="cpu")  # where 16 are asked at once
+    found = list(data.ask_model(requests, ask, str(tmp_path), options))
     assert [request for request, _, _ in found] == requests  # each once and in its place
     tried = [16, 8, 4, 2] if most == 3 else [16, 8, 4, 2, 1]
     assert sizes == tried[:-1] + [tried[-1]] * (18 // tried[-1])  # what fits is kept
