@@ -76,10 +76,10 @@ def gpu_or_cpu(device: str) -> str:
 
 def memory_is_full(error: Exception) -> bool:
     """Whether an error says so, of a GPU or of the computer: torch has several for it."""
-    signs = ["out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUBLAS_STATUS_NOT_INITIALIZED"]
-    signs += ["allocate memory", "not enough memory"]
-    known = isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
-    return known or isinstance(error, torch.OutOfMemoryError)
+    signs = "out of memory|CUBLAS_STATUS_(ALLOC_FAILED|NOT_INITIALIZED)|allocate memory"
+    signs += "|not enough memory|could not (create|execute) a primitive$"
+    known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+    return known or re.search(signs, str(error)) is not None
 
 
 def in_batches(items: list, size: int, work: Callable[[list], Any]) -> Iterator[Any]:
@@ -92,7 +92,7 @@ def in_batches(items: list, size: int, work: Callable[[list], Any]) -> Iterator[
             yield work(items[done : done + size])
             done += size
             continue
-        except RuntimeError as error:
+        except (RuntimeError, MemoryError) as error:
             if size == 1 or not memory_is_full(error):
                 raise
         # outside of this block the error no longer holds the work's tensors
@@ -815,7 +815,6 @@ def ask_model(
     be used."""
     device = gpu_or_cpu(options.device)
     deterministic = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(False)  # on a GPU many models' sampling (top-p) has none
     try:
         seq2seq = transformers.AutoConfig.from_pretrained(
             name, trust_remote_code=False
@@ -851,7 +850,12 @@ def ask_model(
             if length + options.max_tokens > longest:
                 raise ValueError(f"{length} tokens and --max-tokens are above its {longest}")
             torch.manual_seed(zlib.crc32(f"{texts[0]}/{batch[0][1]}".encode()))
-            output = model.generate(**inputs, **how, max_new_tokens=options.max_tokens)
+            # on a GPU the sampling of many models (top-p) has no deterministic algorithm
+            torch.use_deterministic_algorithms(False)
+            try:
+                output = model.generate(**inputs, **how, max_new_tokens=options.max_tokens)
+            finally:
+                torch.use_deterministic_algorithms(deterministic)
             output = output[:, 0 if seq2seq else length :]  # (questions, tokens)
             texts = tokenizer.batch_decode(output, skip_special_tokens=True)
             found = []
@@ -860,16 +864,14 @@ def ask_model(
                 found.append((request, text, "" if ended else "length"))
             return found
 
-        size = TEACHER_BATCH // 4 if device == "cpu" else TEACHER_BATCH
+        size = TEACHER_BATCH // 4 if device.startswith("cpu") else TEACHER_BATCH
         for batch in in_batches(requests, size, answers):
             yield from batch
     except Exception as error:  # noqa: BLE001 - a model made elsewhere can fail in any way
         mend = f"an API's model is api:{name}"
         if memory_is_full(error):
-            mend = "name a smaller one, or use --device cpu until its samples are there"
+            mend = "name a smaller one" + ("" if device.startswith("cpu") else ", or --device cpu")
         raise UserError(f"--teacher {name} cannot be used ({first_line(error)}); {mend}.")
-    finally:
-        torch.use_deterministic_algorithms(deterministic)
 
 
 def check_api_base(base: str) -> None:

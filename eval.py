@@ -82,7 +82,7 @@ class Options:
     judge: str = option("", "A chat model, or api:MODEL, to compare the rationales of two --runs.")
     pairs: int = option(50, "How many questions' rationales the judge compares.")
     temperature: float = option(0.0, "The temperature at which the judge answers.")
-    device: str = option("auto", "As in qcrd.py.")
+    device: str = option("auto", "The device for all of this, as in qcrd.py.")
     api_base: str = option("", "As in qcrd.py.")
     api_concurrency: int = option(8, "As in qcrd.py.")
     max_tokens: int = option(512, "As in qcrd.py.")
@@ -434,7 +434,9 @@ def study_path(options: Options, *parts: str) -> Path:
 def plan(options: Options, name: str) -> dict[str, list[Run]]:
     """For each row of a study a run a seed. UserError if --options has what the study sets."""
     runs: dict[str, list[Run]] = {}
-    taken = {"task", "data", "student", "seed", "out", "overwrite"}.union(*STUDIES[name].values())
+    taken = {"task", "data", "student", "device", "seed", "out", "overwrite"}.union(
+        *STUDIES[name].values()
+    )
     for typed in map(flag, taken):
         if typed in re.split("[ =]", options.options.replace("_", "-")):
             raise UserError(f"--options {typed}: the study {name} sets that itself; leave it out.")
@@ -474,7 +476,7 @@ def start(run: Run, device: str) -> subprocess.Popen:
 def run_missing(runs: list[Run], options: Options) -> None:
     """Train what has no result yet, --jobs runs at a time, each on its share of the cores."""
     # of two runs on one GPU each would have to do with the memory that the other leaves
-    jobs = options.jobs or (2 if data.gpu_or_cpu(options.device) == "cpu" else 1)
+    jobs = options.jobs or (2 if data.gpu_or_cpu(options.device).startswith("cpu") else 1)
     waiting = []
     for run in runs:
         if result_of(run):

@@ -176,7 +176,10 @@ class TrainingOptions:
     precision: Literal["auto", "fp32", "bf16"] = option(
         "auto", "auto: bf16 on a GPU that has it in hardware, else fp32."
     )
-    device: str = option("auto", "auto, cpu, cuda or cuda:1.")
+    device: str = option(
+        "auto",
+        "Where the student, and a teacher on this machine, compute: auto, cpu, cuda, cuda:1.",
+    )
     seed: int = option(0, "The seed of everything random in training.")
     out: str = option("", "The run directory, by default runs/TASK-STUDENT-METHOD-sSEED.")
     overwrite: bool = option(False, "Delete the run in the run directory and start afresh.")
@@ -428,7 +431,7 @@ class Discriminator(torch.nn.Module):
 GROUP_TOKENS_GPU = 4096  # tokens of labels or rationales: as many as fill a GPU
 GROUP_FLOATS_CPU = 2**18  # their tokens times the model's width: as many as stay in a CPU's caches
 MICRO_BATCH_TOKENS = 6144  # tokens of the questions and rationales in a backward pass
-# A CPU does not tell that memory runs out: there a student larger than T5-small has fewer tokens.
+# A CPU seldom tells that memory runs out: there a student larger than T5-small has fewer tokens.
 T5_SMALL = 61_000_000  # parameters
 # Tokens of the inputs that are answered at once; with what is written, up to three times as many.
 WRITE_TOKENS = 32768
@@ -454,7 +457,8 @@ class Student:
         larger = 1 if on_gpu else max(1, model.num_parameters() / T5_SMALL)
         self.micro_batch_tokens = MICRO_BATCH_TOKENS / larger
         self.write_tokens = WRITE_TOKENS / larger
-        self.room = {"training": 1.0, "writing": 1.0}  # the share of these that fits into memory
+        # the share of these three that fits into memory
+        self.room = {"training": 1.0, "writing": 1.0}
         # each text is tokenized once: small students would spend a sixth of a step on it
         self.ids = lru_cache(200_000)(self.tokenize)
 
@@ -552,21 +556,22 @@ class Student:
             yield questions[first : first + size], [replace(r, row=r.row - first) for r in those]
 
     def fit(self, work: Callable, *args: Any, part: str = "training") -> Any:
-        """work(*args); where memory runs out, again in pieces of half the size, as then is all that
-        is this part of a run."""
+        """work(*args); where memory runs out, again in pieces of half the size, and so the rest of
+        this part (training or writing) of the run."""
         while True:
             try:
                 return work(*args)
-            except RuntimeError as error:
+            except (RuntimeError, MemoryError) as error:
                 if not data.memory_is_full(error):
                     raise
+                said = first_line(error)
             # outside of this block the error no longer holds the work's tensors
             torch.cuda.empty_cache()
             torch.manual_seed(torch.initial_seed())  # wherever it ran out, the same is drawn
             if self.room[part] <= LEAST_ROOM:
                 raise UserError(
-                    "a question is too long for this memory: use a smaller --student or"
-                    " --max-input."
+                    f"one question does not fit into memory ({said}): train a smaller --student,"
+                    " or with a lower --max-input."
                 )
             if self.room[part] == 1:
                 tqdm.write(f"Memory is full: {part} goes on in smaller pieces.")
@@ -973,11 +978,11 @@ def pretrain_disc(
     """Train D on the teacher's positives and as many negatives, some of them corrupted
     positives."""
     rng = random.Random(step_seed(options.seed, 0, "disc"))
-    torch.manual_seed(step_seed(options.seed, 0, "disc"))
     known = [q for q in questions if q.positives and not q.held_out]
     words = " ".join(q.positives[0] for q in known[:1000]).split()
 
-    def gradients(batch: list[Question]) -> None:
+    def gradients(batch: list[Question], step: int) -> None:
+        torch.manual_seed(step_seed(options.seed, step, "disc"))  # dropout
         disc.zero_grad()
         disc_gradients(student, disc, batch, {}, 1.0, options)
 
@@ -987,8 +992,9 @@ def pretrain_disc(
             missing = range(len(q.positives) - len(q.negatives))
             made = [corrupt(rng, rng.choice(q.positives), words) for _ in missing]
             batch.append(replace(q, negatives=q.negatives + made))
-        student.fit(gradients, batch)
+        student.fit(gradients, batch, step)
         clip_and_step(optimizer)
+    disc.zero_grad()  # with --disc shared the encoder's, which the optimizer does not have
 
 
 def disc_auc(student: Student, disc: Discriminator, questions: list[Question]) -> dict[str, float]:
@@ -1654,10 +1660,11 @@ def run_command(command: Callable[[], Any]) -> None:
         return
     except UserError as error:
         said = f"error: {error}"
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         if not data.memory_is_full(error):
             raise
-        said = "error: memory is full: use a smaller --student, or close other programs."
+        said = f"error: memory is full ({first_line(error)}): close other programs, or train a"
+        said += " smaller --student."
     except KeyboardInterrupt:
         for number in (signal.SIGINT, signal.SIGTERM):  # what follows is short
             signal.signal(number, signal.SIG_IGN)

@@ -437,7 +437,9 @@ def test_a_row_is_the_run_that_it_says():
     assert run.task == "toy" and run.student == "tiny" and run.positives == "one"
 
 
-@pytest.mark.parametrize("typed", ["--seed 3", "--seed=3", "--out x", "--task svamp", "--data x"])
+@pytest.mark.parametrize(
+    "typed", ["--seed 3", "--seed=3", "--out x", "--task svamp", "--data x", "--device cpu"]
+)
 def test_a_study_refuses_what_it_sets_itself(typed):
     for more in (typed, f"--rounds 2 {typed}"):
         with pytest.raises(UserError, match=f"--options {typed[:5]}.*the study methods sets that"):

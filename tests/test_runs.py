@@ -575,7 +575,8 @@ def test_full_memory_is_one_sentence_and_another_error_of_torch_is_none(capsys):
     def fails(error: Exception) -> None:
         raise error
 
-    for full in (torch.OutOfMemoryError(), RuntimeError("CUDA error: out of memory\nand so on")):
+    errors = [torch.OutOfMemoryError(), MemoryError()]
+    for full in [*errors, RuntimeError("CUDA error: out of memory\nand so on")]:
         with pytest.raises(SystemExit) as stop:
             qcrd.run_command(lambda error=full: fails(error))
         err = capsys.readouterr().err

@@ -422,13 +422,21 @@ def test_a_local_model_whose_memory_runs_out_is_asked_less_at_once(tmp_path, mon
     assert sizes == tried[:-1] + [tried[-1]] * (18 // tried[-1])  # what fits is kept
 
 
-def test_a_local_model_of_which_one_question_is_too_much_cannot_be_used(tmp_path, monkeypatch):
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_local_model_of_which_one_question_is_too_much_cannot_be_used(
+    tmp_path, monkeypatch, device
+):
     save_causal(tmp_path, chat=False)
     monkeypatch.setattr(GPT2LMHeadModel, "generate", Full(None, None))
     requests = [(e, 0) for e in data.toy_splits()["train"][:3]]
     ask = functools.partial(data.ask, TASKS["toy"])
-    with pytest.raises(UserError, match="--teacher .* cannot be .*out of memory.*--device cpu"):
-        list(data.ask_model(requests, ask, str(tmp_path), make_options(max_tokens=4)))
+    if device == "cuda":  # also where there is none
+        monkeypatch.setattr(GPT2LMHeadModel, "to", lambda self, _: self)
+        monkeypatch.setattr(data.transformers.BatchEncoding, "to", lambda self, _: self)
+    options = make_options(max_tokens=4, device=device)
+    with pytest.raises(UserError, match="--teacher .* cannot be used .*out of memory") as error:
+        list(data.ask_model(requests, ask, str(tmp_path), options))
+    assert ("--device cpu" in str(error.value)) == (device == "cuda")
 
 
 def test_a_local_model_samples_by_any_algorithm_on_the_device_of_the_student(tmp_path, monkeypatch):
