@@ -814,6 +814,7 @@ def ask_model(
     """Samples of a Hugging Face model, causal or seq2seq, on this machine; UserError if it cannot
     be used."""
     device = gpu_or_cpu(options.device)
+    on_cpu = device.startswith("cpu")
     deterministic = torch.are_deterministic_algorithms_enabled()
     try:
         seq2seq = transformers.AutoConfig.from_pretrained(
@@ -864,13 +865,13 @@ def ask_model(
                 found.append((request, text, "" if ended else "length"))
             return found
 
-        size = TEACHER_BATCH // 4 if device.startswith("cpu") else TEACHER_BATCH
+        size = TEACHER_BATCH // 4 if on_cpu else TEACHER_BATCH
         for batch in in_batches(requests, size, answers):
             yield from batch
     except Exception as error:  # noqa: BLE001 - a model made elsewhere can fail in any way
         mend = f"an API's model is api:{name}"
         if memory_is_full(error):
-            mend = "name a smaller one" + ("" if device.startswith("cpu") else ", or --device cpu")
+            mend = "name a smaller one" + ("" if on_cpu else ", or --device cpu")
         raise UserError(f"--teacher {name} cannot be used ({first_line(error)}); {mend}.")
 
 

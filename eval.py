@@ -82,7 +82,7 @@ class Options:
     judge: str = option("", "A chat model, or api:MODEL, to compare the rationales of two --runs.")
     pairs: int = option(50, "How many questions' rationales the judge compares.")
     temperature: float = option(0.0, "The temperature at which the judge answers.")
-    device: str = option("auto", "The device for all of this, as in qcrd.py.")
+    device: str = option("auto", "As in qcrd.py; it holds for the runs of a study too.")
     api_base: str = option("", "As in qcrd.py.")
     api_concurrency: int = option(8, "As in qcrd.py.")
     max_tokens: int = option(512, "As in qcrd.py.")
@@ -434,9 +434,8 @@ def study_path(options: Options, *parts: str) -> Path:
 def plan(options: Options, name: str) -> dict[str, list[Run]]:
     """For each row of a study a run a seed. UserError if --options has what the study sets."""
     runs: dict[str, list[Run]] = {}
-    taken = {"task", "data", "student", "device", "seed", "out", "overwrite"}.union(
-        *STUDIES[name].values()
-    )
+    taken = {"task", "data", "student", "device", "seed", "out", "overwrite"}
+    taken = taken.union(*STUDIES[name].values())
     for typed in map(flag, taken):
         if typed in re.split("[ =]", options.options.replace("_", "-")):
             raise UserError(f"--options {typed}: the study {name} sets that itself; leave it out.")

@@ -883,7 +883,7 @@ def clip_and_step(optimizer: torch.optim.Optimizer) -> None:
     """One step of AdamW on the gradients that have gathered, clipped at norm 1."""
     clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0)
     optimizer.step()
-    optimizer.zero_grad()  # what is written between the rounds has use for their memory
+    optimizer.zero_grad()  # writing, between the rounds, needs their memory
 
 
 def disc_questions(questions: list[Question], options: Options, step: int) -> list[Question]:

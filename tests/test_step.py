@@ -238,11 +238,14 @@ def test_the_scores_of_groups_equal_those_of_single_pairs(tokens):
         assert s == pytest.approx(alone, abs=1e-5)
 
 
-def train_one_step(options: Options, step: int = 0, models: Any = None) -> tuple[dict, dict]:
-    """All gradients of a step on `a_batch`, unclipped, and its metrics; it changes nothing."""
+def train_one_step(
+    options: Options, step: int = 0, models: Any = None, batch: Any = None
+) -> tuple[dict, dict]:
+    """All gradients of a step, by default on `a_batch`, unclipped, and its metrics; it changes
+    nothing."""
     student, disc = models or small_models(options)
     optimizers = qcrd.make_optimizers(student, disc, options)
-    arguments = (student, disc, optimizers, *a_batch(), 0, step, options)
+    arguments = (student, disc, optimizers, *(batch or a_batch()), 0, step, options)
     with mock.patch.object(qcrd, "clip_and_step"):
         metrics = qcrd.train_step(*arguments)
     found = dict(student.model.named_parameters())
@@ -728,14 +731,11 @@ def test_where_memory_does_run_out_a_step_ends_the_same(capsys):
     questions = [Question(data.Example(str(i), long, "b"), "b", ["c"], ["d"]) for i in range(16)]
     found = []
     for more in (1e10, 2e8):
-        student, disc = small_models(options)
-        student.micro_batch_tokens = 1e9
-        optimizers = qcrd.make_optimizers(student, disc, options)
-        with at_most(more), mock.patch.object(qcrd, "clip_and_step"):
-            metrics = qcrd.train_step(student, disc, optimizers, questions, {}, 0, 0, options)
-        grads = {n: p.grad for n, p in student.model.named_parameters() if p.grad is not None}
-        grads |= {f"disc.{n}": p.grad for n, p in disc.named_parameters() if p.grad is not None}
-        found.append((student.room["training"], grads, metrics))
+        models = small_models(options)
+        models[0].micro_batch_tokens = 1e9
+        with at_most(more):
+            step = train_one_step(options, models=models, batch=(questions, {}))
+        found.append((models[0].room["training"], *step))
     (whole, expected, metrics), (room, grads, same) = found
     assert whole == 1 and room < 1
     assert_equal_gradients(grads, expected, 1e-5)
