@@ -37,7 +37,7 @@ class Stage(NamedTuple):
     fall: int  # steps after which the rate would be 0
     lr: float
     most_events: int  # of a told story
-    replaced: float  # the share of texts with replaced words; in the others words are masked
+    replaced: float  # the fraction of texts with replaced words; in the others words are masked
 
 
 STAGES = [
